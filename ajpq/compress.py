@@ -1,0 +1,118 @@
+"""`compress`: network and policy -> a smaller module that can learn. `freeze`: that module -> the finished network."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, fx, nn
+
+from ajpq import ops, quantize
+from ajpq.calibrate import Calibration
+from ajpq.errors import AjpqError
+from ajpq.layers import ActQuant, ChannelAffine, FrozenLayer, Geometry, QuantLayer
+from ajpq.network import Network
+from ajpq.policy import CompressionPolicy
+from ajpq.quantize import FLOAT
+from ajpq.surgery import shrink
+
+_HALF_MAX = torch.finfo(torch.float16).max
+
+
+def compress(network: Network, policy: CompressionPolicy, calibration: Calibration | None = None) -> fx.GraphModule:
+    """The network without its pruned channels, every other kernel quantized to its width; in eval mode, trainable.
+
+    Layers whose kernels and input all have 32 bits stay plain Conv2d or Linear. `calibration` gives the activation steps
+    and may be None only where all act_bits are 32. Raises AjpqError if the policy does not fit the network.
+    """
+    policy.validate(network)
+    alive = policy.alive(network)
+    small = shrink(network, alive)
+    for layer in network.layers:
+        bits = policy.weight_bits[layer.name][alive[layer.writes]]
+        act_bits = policy.act_bits[layer.name]
+        if act_bits == FLOAT and (bits == FLOAT).all():
+            continue
+        if act_bits != FLOAT and (calibration is None or layer.name not in calibration):
+            raise AjpqError(f"quantized activations need a calibration, but {layer.name!r} has act_bits {act_bits} and no range; "
+                            "pass calibrate(network, batches)")
+        if act_bits == FLOAT:
+            act = ActQuant(FLOAT, True, torch.ones(()), learned=True)
+        else:
+            seen = calibration[layer.name]
+            act = ActQuant(act_bits, seen.signed, torch.tensor(seen.step(act_bits)), learned=True)
+        plain = small.get_submodule(layer.name)
+        small.set_submodule(layer.name, QuantLayer(plain.weight, plain.bias, torch.from_numpy(bits), Geometry.of(plain), act))
+    return small.eval()
+
+
+@torch.no_grad()
+def freeze(student: fx.GraphModule) -> fx.GraphModule:
+    """The finished network: integers, a float16 scale and bias per kernel, batch-norms folded away. A new module.
+
+    A batch-norm that alone reads a layer's output goes into that layer's scales and bias (exact up to the rounding to
+    float16, because scales are per kernel); any other becomes a `ChannelAffine`. Dropout disappears.
+    """
+    old = copy.deepcopy(student).eval()
+    calls: dict[str, int] = {}
+    for node in old.graph.nodes:
+        if node.op == "call_module":
+            calls[node.target] = calls.get(node.target, 0) + 1
+    for node in list(old.graph.nodes):
+        module = old.get_submodule(node.target) if node.op == "call_module" else None
+        if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm1d)) and module.running_mean is not None:
+            gain, shift = _affine(module)
+            source = node.args[0]
+            layer = old.get_submodule(source.target) if source.op == "call_module" else None
+            if isinstance(layer, _LAYERS) and len(source.users) == 1 and calls[source.target] == calls[node.target] == 1:
+                old.set_submodule(source.target, _frozen(layer, gain, shift))
+                _bypass(old.graph, node, source)
+            else:
+                old.set_submodule(node.target, ChannelAffine(gain, shift))
+        elif node.op not in ("placeholder", "output", "get_attr") and "dropout" in ops.name_of(node, module):
+            _bypass(old.graph, node, node.all_input_nodes[0])
+    for name in calls:
+        module = old.get_submodule(name)
+        if isinstance(module, _LAYERS):
+            old.set_submodule(name, _frozen(module, None, None))
+    for tensor in old.parameters():
+        tensor.requires_grad_(False)
+    old.delete_all_unused_submodules()
+    old.recompile()
+    return old
+
+
+_LAYERS = (nn.Conv2d, nn.Linear, QuantLayer)
+
+
+def _bypass(graph: fx.Graph, node: fx.Node, source: fx.Node) -> None:
+    node.replace_all_uses_with(source)
+    graph.erase_node(node)
+
+
+def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    gain = (norm.running_var + norm.eps).rsqrt()
+    gain = gain if norm.weight is None else gain * norm.weight
+    return gain, (0 if norm.bias is None else norm.bias) - norm.running_mean * gain
+
+
+def _frozen(layer: nn.Module, gain: Tensor | None, shift: Tensor | None) -> FrozenLayer:
+    """Codes of the layer's weights; gain and shift (c_out,) of a norm behind it multiplied into scales and bias."""
+    weight, bias = layer.weight, layer.bias
+    if isinstance(layer, QuantLayer):
+        bits, scale, geometry = layer.bits, layer.scale, layer.geometry
+        act = ActQuant(layer.act.bits, layer.act.signed, layer.act.scale, learned=False)
+    else:
+        bits, scale = torch.full((len(weight),), FLOAT, dtype=torch.uint8, device=weight.device), torch.ones_like(weight[:, 0].reshape(len(weight), -1)[:, 0])
+        geometry, act = Geometry.of(layer), ActQuant(FLOAT, True, torch.ones(()), learned=False)
+    codes = quantize.encode(weight, bits, scale)
+    raw = weight[bits == FLOAT]
+    if gain is not None:
+        scale = scale * gain
+        raw = raw * gain[bits == FLOAT].reshape(-1, *([1] * (weight.ndim - 1)))
+        bias = shift if bias is None else bias * gain + shift
+    coded = bits != FLOAT
+    half = torch.where(coded, scale, torch.zeros_like(scale)).clamp(-_HALF_MAX, _HALF_MAX).to(torch.float16)
+    if bias is not None:
+        bias = torch.where(coded, bias.clamp(-_HALF_MAX, _HALF_MAX).to(torch.float16).float(), bias)
+    return FrozenLayer(codes, bits.clone(), half, raw.clone(), bias, geometry, act)

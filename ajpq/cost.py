@@ -1,0 +1,130 @@
+"""What a policy costs. A cost model sees `Load`s, layers with all coupling resolved, and answers per layer, in tensors: the
+same model gives a number to a search and a gradient to a differentiable one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ajpq.network import LayerSpec, Network
+from ajpq.policy import CompressionPolicy
+from ajpq.quantize import FLOAT
+
+
+@dataclass(frozen=True, eq=False)
+class Load:
+    """One layer's work under a policy. All tensors float64."""
+
+    layer: LayerSpec
+    inputs: Tensor  # (), surviving input channels of one kernel (features for linear; 1 for depthwise)
+    kept: Tensor  # (c_out,), 1 where the kernel survives, 0 where it is pruned
+    weight_bits: Tensor  # (c_out,)
+    act_bits: Tensor  # (), of the layer's input
+    side: Tensor  # (), 32-bit words of other parameters that the shipped file stores with this layer
+
+    @property
+    def weights_per_kernel(self) -> Tensor:
+        return self.inputs * (self.layer.kernel[0] * self.layer.kernel[1])
+
+    @property
+    def macs_per_kernel(self) -> Tensor:
+        return self.weights_per_kernel * self.layer.positions
+
+
+class CostModel(Protocol):
+    """`cost(loads)` -> (n_layers,) per image; the total is the sum. Entry i may depend on loads[i] only, and must not fall when
+    a width or a number of channels grows: budgets are kept reachable by this rule."""
+
+    unit: str
+
+    def __call__(self, loads: Sequence[Load]) -> Tensor: ...
+
+
+def _stack(values: list[Tensor]) -> Tensor:
+    return torch.stack(values) if values else torch.zeros(0, dtype=torch.float64)
+
+
+class Size:
+    """Bits of the packed file: for a surviving kernel of b <= 8 bits and n weights ``b n + 16 (scale) + 16 (bias, if the layer
+    has one) + 4 (its width)``, for one of 32 bits ``32 n + 32 (bias)``; 32 per channel of a batch-norm that cannot be folded and
+    per other parameter. The file's header is not in it: the file has at most 2 % and 4 KiB more."""
+
+    unit = "bit"
+
+    def __call__(self, loads: Sequence[Load]) -> Tensor:
+        return _stack([self._layer(load) for load in loads])
+
+    @staticmethod
+    def _layer(load: Load) -> Tensor:
+        words = 1.0 if load.layer.bias else 0.0
+        overhead = torch.where(load.weight_bits < FLOAT, 20.0 + 16.0 * words, 32.0 * words)
+        return (load.kept * (load.weight_bits * load.weights_per_kernel + overhead)).sum() + 32.0 * load.side
+
+
+class MACs:
+    """Multiply-accumulates of the physically smaller network, one image; convolutions and linear layers only."""
+
+    unit = "MAC"
+
+    def __call__(self, loads: Sequence[Load]) -> Tensor:
+        return _stack([load.macs_per_kernel * load.kept.sum() for load in loads])
+
+
+class BOPs:
+    """Bit operations, the plain rule: every multiply-accumulate counts weight bits x activation bits (32 x 32 for float)."""
+
+    unit = "BOP"
+
+    def __call__(self, loads: Sequence[Load]) -> Tensor:
+        return _stack([load.macs_per_kernel * load.act_bits * (load.kept * load.weight_bits).sum() for load in loads])
+
+
+class UniqBOPs:
+    """Bit operations as Zur et al. (arXiv 1904.09872) count them in their code, after UNIQ (Baskin et al., arXiv 1804.10969).
+
+    Per kernel: ``mults (b_w - 1) b_a + adds ceil(log2(n (2^b_a - 1) (2^(b_w - 1) - 1)))`` with n weights, P output pixels,
+    ``mults = P n``, ``adds = P (n - 1)``. A 1-bit weight has magnitude 1, so its last factor is taken as 1.
+    """
+
+    unit = "BOP"
+
+    def __call__(self, loads: Sequence[Load]) -> Tensor:
+        return _stack([self._layer(load) for load in loads])
+
+    @staticmethod
+    def _layer(load: Load) -> Tensor:
+        n, w, a = load.weights_per_kernel, load.weight_bits, load.act_bits
+        magnitude = (torch.exp2(w - 1) - 1).clamp(min=1)
+        width = torch.ceil(torch.log2((n * (torch.exp2(a) - 1) * magnitude).clamp(min=1)))
+        per_position = n * (w - 1).clamp(min=0) * a + (n - 1).clamp(min=0) * width
+        return load.layer.positions * (load.kept * per_position).sum()
+
+
+def side_words(network: Network, alive: np.ndarray, layer: LayerSpec) -> int:
+    """32-bit words stored beside a layer: norms that cannot be folded, and with the first layer all other parameters."""
+    norms = sum(int(alive[norm.channels].sum()) for norm in network.norms if norm.folds_into is None and norm.charged_to == layer.name)
+    return norms + (network.other_parameters if layer is network.layers[0] else 0)
+
+
+def load_of(network: Network, layer: LayerSpec, weight_bits: np.ndarray, act_bits: int, alive: np.ndarray) -> Load:
+    """The load of one layer; weight_bits (c_out,), alive (n_channels,)."""
+    bits = torch.as_tensor(weight_bits, dtype=torch.float64)
+    inputs = 1 if layer.kind == "depthwise" else int(alive[layer.inputs_of_a_kernel].sum())
+    return Load(layer, torch.tensor(float(inputs), dtype=torch.float64), (bits > 0).double(), bits,
+                torch.tensor(float(act_bits), dtype=torch.float64), torch.tensor(float(side_words(network, alive, layer)), dtype=torch.float64))
+
+
+def loads_of(network: Network, policy: CompressionPolicy) -> tuple[Load, ...]:
+    """Every layer's load under a policy, in execution order."""
+    alive = policy.alive(network)
+    return tuple(load_of(network, layer, policy.weight_bits[layer.name], policy.act_bits[layer.name], alive) for layer in network.layers)
+
+
+def total(cost: CostModel, network: Network, policy: CompressionPolicy) -> float:
+    """The cost of a policy, in the model's unit."""
+    return float(cost(loads_of(network, policy)).sum())

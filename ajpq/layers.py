@@ -1,0 +1,133 @@
+"""The layers a compressed network is made of: `QuantLayer` while it learns, `FrozenLayer` once it is finished.
+
+Both stand for one convolution or linear layer whose kernels have widths of their own. A `FrozenLayer` holds exactly what
+the packed file holds (integers, a float16 scale and bias per kernel), so a network that was shipped and loaded again
+computes the same bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ajpq import quantize
+from ajpq.quantize import FLOAT
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How weights meet the input. `conv` False: a linear layer, and the other fields are ignored."""
+
+    conv: bool
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] | str = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    padding_mode: str = "zeros"
+
+    @classmethod
+    def of(cls, module: nn.Conv2d | nn.Linear) -> Geometry:
+        if isinstance(module, nn.Linear):
+            return cls(conv=False)
+        return cls(True, module.stride, module.padding, module.dilation, module.groups, module.padding_mode)
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not self.conv:
+            return F.linear(x, weight, bias)
+        if self.padding_mode == "zeros":
+            return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        if self.padding == "same":
+            total = [d * (k - 1) for d, k in zip(self.dilation, weight.shape[2:], strict=True)]
+            pads = [p for t in reversed(total) for p in (t // 2, t - t // 2)]
+        else:
+            (top, left) = (0, 0) if self.padding == "valid" else self.padding
+            pads = [left, left, top, top]
+        x = F.pad(x, pads, mode=self.padding_mode)
+        return F.conv2d(x, weight, bias, self.stride, 0, self.dilation, self.groups)
+
+
+class ActQuant(nn.Module):
+    """Per-tensor fake quantization of a layer's input. `bits` 32 passes the input on.
+
+    The step size is a parameter (learned by fine-tuning, LSQ) or, in a finished network, a buffer.
+    """
+
+    def __init__(self, bits: int, signed: bool, scale: Tensor, learned: bool) -> None:
+        super().__init__()
+        self.bits, self.signed = bits, signed
+        scale = scale.detach().to(torch.float32).reshape(())
+        if learned and bits != FLOAT:
+            self.scale = nn.Parameter(scale.clone())
+        else:
+            self.register_buffer("scale", scale.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return quantize.fake_quantize_act(x, self.scale, self.bits, self.signed)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, signed={self.signed}, scale={self.scale.item():.4g}"
+
+
+class QuantLayer(nn.Module):
+    """A layer that learns while quantized: float weights, a learned scale per kernel, a learned activation step."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, bits: Tensor, geometry: Geometry, act: ActQuant) -> None:
+        super().__init__()
+        self.geometry, self.act = geometry, act
+        self.weight = nn.Parameter(weight.detach().clone())  # (c_out, c_in / groups, kh, kw)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())  # (c_out,)
+        self.register_buffer("bits", bits.to(torch.uint8))  # (c_out,)
+        self.scale = nn.Parameter(quantize.fit_scale(weight, bits))  # (c_out,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = quantize.fake_quantize(self.weight, self.bits, self.scale)
+        return self.geometry.apply(self.act(x), weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, mean bits={self.bits.float().mean().item():.2f}"
+
+
+class FrozenLayer(nn.Module):
+    """A finished layer. Everything the file stores is a buffer; the float32 weight is rebuilt from it, never stored.
+
+    codes: int8 (c_out, c_in / groups, kh, kw), zero for kernels of 32 bits
+    bits:  uint8 (c_out,), 1 to 8 or 32
+    scale: float16 (c_out,), may be negative (a folded batch-norm); 0 for kernels of 32 bits
+    raw:   float32 (number of kernels of 32 bits, c_in / groups, kh, kw)
+    bias:  float32 (c_out,) or None; representable in float16 for kernels of up to 8 bits
+    """
+
+    def __init__(self, codes: Tensor, bits: Tensor, scale: Tensor, raw: Tensor, bias: Tensor | None,
+                 geometry: Geometry, act: ActQuant) -> None:
+        super().__init__()
+        self.geometry, self.act = geometry, act
+        self.register_buffer("codes", codes)
+        self.register_buffer("bits", bits)
+        self.register_buffer("scale", scale)
+        self.register_buffer("raw", raw)
+        self.register_buffer("bias", bias)
+        weight = quantize.decode(codes, bits, scale)
+        weight[bits == FLOAT] = raw
+        self.register_buffer("weight", weight, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.geometry.apply(self.act(x), self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.codes.shape)}, mean bits={self.bits.float().mean().item():.2f}"
+
+
+class ChannelAffine(nn.Module):
+    """A finished batch-norm that no layer could absorb: ``x * scale + shift``, float16 (C,) each."""
+
+    def __init__(self, scale: Tensor, shift: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale.to(torch.float16))
+        self.register_buffer("shift", shift.to(torch.float16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (1, -1, *([1] * (x.ndim - 2)))
+        return x * self.scale.float().reshape(shape) + self.shift.float().reshape(shape)

@@ -1,0 +1,150 @@
+"""The one quantizer: search, fine-tuning and shipping all call these functions.
+
+A kernel of b bits holds integers k and one scale s; its weights are ``(k + offset) * s``:
+
+    b = 0           the kernel is pruned: all zero
+    b = 1           k in {-1, 0},                offset 1/2: a real binary kernel, +-s/2
+    b = 2, 3        k in {-2^(b-1), .., 2^(b-1)-1}, offset 1/2: 2^b levels, symmetric, no zero ("mid-rise")
+    4 <= b <= 8     k in {-(2^(b-1)-1), .., 2^(b-1)-1}, offset 0: symmetric with zero ("mid-tread")
+    b = 32          untouched float32
+
+Mid-rise uses all 2^b levels; at 2 bits that is 4 levels instead of the 3 of a mid-tread grid (SAWB of Choi et al. 2019
+uses the same 2-bit grid). ``2k+1`` fits int8, so every width runs in an int8 container with scale s/2 or s.
+Activations are per-tensor uniform: unsigned where calibration saw no negative value, else signed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+WIDTHS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 32)  # bit-widths a kernel can have
+FLOAT = 32
+MID_RISE = 3  # widths up to this one use the grid without zero
+
+
+def grid(bits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """bits (c_out,) -> lowest code, highest code, offset, each float32 (c_out,). 0 and 32 bits give a grid of zero."""
+    b = bits.to(torch.float32)
+    coded = (b >= 1) & (b < FLOAT)
+    rise = coded & (b <= MID_RISE)
+    half = torch.where(coded, 2.0 ** (b.clamp(max=8) - 1), torch.ones_like(b))
+    return torch.where(rise, -half, 1 - half), half - 1, rise.to(torch.float32) / 2
+
+
+def _per_kernel(values: Tensor, weight: Tensor) -> Tensor:
+    return values.reshape(-1, *([1] * (weight.ndim - 1)))  # (c_out, 1, 1, 1)
+
+
+def encode(weight: Tensor, bits: Tensor, scale: Tensor) -> Tensor:
+    """Nearest codes. weight (c_out, ...), bits and scale (c_out,) -> int8 (c_out, ...); kernels of 0 or 32 bits get 0."""
+    lo, hi, offset = (_per_kernel(t, weight) for t in grid(bits))
+    return torch.round(torch.clamp(weight / _per_kernel(scale, weight) - offset, lo, hi)).to(torch.int8)
+
+
+def decode(codes: Tensor, bits: Tensor, scale: Tensor) -> Tensor:
+    """Weights of codes: ``(k + offset) * scale``, float32 (c_out, ...); kernels of 0 or 32 bits give 0."""
+    coded = (bits > 0) & (bits < FLOAT)
+    _, _, offset = grid(bits)
+    values = (codes.to(torch.float32) + _per_kernel(offset, codes)) * _per_kernel(scale.to(torch.float32), codes)
+    return torch.where(_per_kernel(coded, codes), values, torch.zeros_like(values))
+
+
+class _RoundSTE(torch.autograd.Function):
+    """round with the straight-through gradient (Bengio et al. 2013, arXiv 1308.3432)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return torch.round(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad
+
+
+class _DampGrad(torch.autograd.Function):
+    """x, with its gradient multiplied by a factor."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(factor)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.saved_tensors[0], None
+
+
+def fake_quantize(weight: Tensor, bits: Tensor, scale: Tensor) -> Tensor:
+    """``decode(encode(weight))`` with a gradient: straight-through to the weights inside the grid, and to the scale the
+    step-size gradient of LSQ (Esser et al. 2020, arXiv 1902.08153, eq. 3), damped by ``1 / sqrt(n * levels)`` (its
+    section 2.2). 0 bits -> zero, 32 bits -> weight."""
+    lo, hi, offset = (_per_kernel(t, weight) for t in grid(bits))
+    damp = (weight[0].numel() * (hi + 1).clamp(min=1)).rsqrt()  # (c_out, 1, 1, 1)
+    s = _DampGrad.apply(_per_kernel(scale, weight), damp)
+    codes = _RoundSTE.apply(torch.clamp(weight / s - offset, lo, hi))
+    return torch.where(_per_kernel(bits == FLOAT, weight), weight, (codes + offset) * s)
+
+
+def fit_scale(weight: Tensor, bits: Tensor, candidates: int = 16) -> Tensor:
+    """Scale of every kernel that (nearly) minimises its squared quantization error, float32 (c_out,).
+
+    Tries `candidates` clipping points from the full range down to 0.2 of it, refines each by one least-squares step
+    ``s = <w, q> / <q, q>`` and keeps the best; 1 bit then has its closed form ``s = 2 mean|w|``. All-zero kernels get 1.
+    """
+    flat = weight.detach().reshape(len(weight), -1)
+    lo, hi, offset = (t[:, None] for t in grid(bits))
+    top = torch.where(hi + offset > 0, hi + offset, torch.ones_like(hi))
+    peak = flat.abs().amax(dim=1, keepdim=True)
+    peak = torch.where(peak > 0, peak, torch.ones_like(peak))
+    best = peak / top
+    least = torch.full_like(peak, torch.inf)
+    for clip in torch.linspace(1.0, 0.2, candidates).tolist():
+        s = peak * clip / top
+        q = torch.round(torch.clamp(flat / s - offset, lo, hi)) + offset
+        energy = (q * q).sum(dim=1, keepdim=True)
+        s = torch.where(energy > 0, (flat * q).sum(dim=1, keepdim=True) / energy.clamp(min=1e-30), s)
+        s = torch.where(s > 0, s, peak / top)
+        error = (flat - (torch.round(torch.clamp(flat / s - offset, lo, hi)) + offset) * s).square().sum(1, keepdim=True)
+        best = torch.where(error < least, s, best)
+        least = torch.minimum(error, least)
+    return best[:, 0]
+
+
+def act_range(bits: int, signed: bool) -> tuple[int, int]:
+    """Lowest and highest activation code."""
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+
+
+class _ActSTE(torch.autograd.Function):
+    """Per-tensor fake quantization; straight-through to x, LSQ's step-size gradient to the scale."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, lo: int, hi: int) -> Tensor:
+        out = _act(x, scale, lo, hi)
+        ctx.save_for_backward(x, scale, out)
+        ctx.range = lo, hi
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, scale, out = ctx.saved_tensors
+        lo, hi = ctx.range
+        t = x / scale
+        inside = (t >= lo) & (t <= hi)
+        step = torch.where(inside, (out - x) / scale, t.clamp(lo, hi))  # d out / d scale
+        return grad * inside, (grad * step).sum() / (x[0].numel() * len(x) * hi) ** 0.5, None, None
+
+
+def _act(x: Tensor, scale: Tensor, lo: int, hi: int) -> Tensor:
+    return torch.fake_quantize_per_tensor_affine(x, scale, torch.zeros((), dtype=torch.int32, device=x.device), lo, hi)
+
+
+def fake_quantize_act(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
+    """Activations of any shape on ``scale * {lo..hi}``; scale is a scalar tensor. 32 bits -> x itself."""
+    if bits == FLOAT:
+        return x
+    lo, hi = act_range(bits, signed)
+    if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
+        return _ActSTE.apply(x, scale, lo, hi)
+    return _act(x, scale, lo, hi)
