@@ -1,0 +1,69 @@
+"""Hard budgets: several costs, each at most a fraction of what the uncompressed network costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from ajpq.cost import CostModel, load_of, total
+from ajpq.errors import AjpqError
+from ajpq.network import LayerSpec, Network
+from ajpq.policy import CompressionPolicy
+
+
+class Budget:
+    """cost name -> largest allowed ratio to the uncompressed network, and the arithmetic around it.
+
+    costs: every cost that is reported, name -> model. limits: those that bind, name -> fraction in (0, 1].
+    cheapest: the policy with the smallest widths and the fewest channels that the search may choose.
+    Raises AjpqError for an unknown name, a fraction out of range, or a limit that even `cheapest` exceeds.
+    """
+
+    def __init__(self, network: Network, costs: Mapping[str, CostModel], limits: Mapping[str, float], cheapest: CompressionPolicy) -> None:
+        self.network, self.costs, self.limits = network, dict(costs), {name: float(value) for name, value in limits.items()}
+        if not self.limits:
+            raise AjpqError(f"a budget must limit at least one cost, but it is empty; set one of {', '.join(self.costs)}, e.g. size=0.1")
+        for name, limit in self.limits.items():
+            if name not in self.costs:
+                raise AjpqError(f"a budget must name a cost, but {name!r} is none of {', '.join(self.costs)}; rename it or add the cost model")
+            if not 0 < limit <= 1:
+                raise AjpqError(f"0 < budget <= 1 must hold (a fraction of the uncompressed network), but {name} has {limit:g}; write 0.1 for 10 %")
+        self.original = {name: total(cost, network, CompressionPolicy.homogeneous(network)) for name, cost in self.costs.items()}
+        if empty := [name for name, value in self.original.items() if not value > 0 or not np.isfinite(value)]:
+            raise AjpqError(f"the uncompressed network must have a cost above 0, but {empty[0]!r} gives {self.original[empty[0]]:g}; "
+                            "check the cost model")
+        floor = self.ratios(cheapest)
+        out = [f"{name}={limit:g} (smallest reachable {np.ceil(floor[name] * 1e4) / 1e4:.4f})" for name, limit in self.limits.items() if floor[name] > limit]
+        if out:
+            raise AjpqError(f"a budget must be reachable, but with these bit-widths and this sparsity {', '.join(out)} is not; "
+                            "raise it, allow fewer bits, or allow more sparsity")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The binding costs, in order."""
+        return tuple(self.limits)
+
+    @property
+    def caps(self) -> np.ndarray:
+        """float64 (n limits,): the largest allowed cost, in each model's unit."""
+        return np.array([self.limits[name] * self.original[name] for name in self.limits])
+
+    def values(self, policy: CompressionPolicy) -> dict[str, float]:
+        return {name: total(cost, self.network, policy) for name, cost in self.costs.items()}
+
+    def ratios(self, policy: CompressionPolicy) -> dict[str, float]:
+        """Each cost as a fraction of the uncompressed network's."""
+        return {name: value / self.original[name] for name, value in self.values(policy).items()}
+
+    def layer_costs(self, layer: LayerSpec, weight_bits: np.ndarray, act_bits: int, alive: np.ndarray) -> np.ndarray:
+        """float64 (n limits,): what one layer adds to every binding cost."""
+        load = [load_of(self.network, layer, weight_bits, act_bits, alive)]
+        return np.array([float(self.costs[name](load)[0]) for name in self.limits])
+
+    def fits(self, totals: np.ndarray) -> bool:
+        """totals (n limits,)."""
+        return bool((totals <= self.caps * (1 + 1e-9)).all())
+
+    def admits(self, policy: CompressionPolicy) -> bool:
+        return self.fits(np.array([total(self.costs[name], self.network, policy) for name in self.limits]))

@@ -1,0 +1,125 @@
+"""What a search may choose: `Choices` is what the user says, `SearchSpace` what follows from it for one network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from ajpq.errors import AjpqError
+from ajpq.importance import Importance, magnitude, of_channels
+from ajpq.network import LayerSpec, Network
+from ajpq.policy import CompressionPolicy
+from ajpq.quantize import WIDTHS
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The options of every decision.
+
+    weight_bits: widths of a kernel; 0 among them allows pruning
+    act_bits: widths of a layer's input; more than one makes them a decision
+    blocks: kernels of a layer are sorted by importance and get their widths in this many blocks; "max" = one kernel each
+    max_sparsity: at most this fraction of a space's channels is pruned (AMC: 0.8)
+    first_last: width of weights and input of the first and the last layer, as HAQ does; None = decided like the others
+    """
+
+    weight_bits: tuple[int, ...] = (0, 1, 2, 3, 4, 6, 8)
+    act_bits: tuple[int, ...] = (8,)
+    blocks: int | str = 4
+    max_sparsity: float = 0.8
+    first_last: int | None = 8
+
+    def __post_init__(self) -> None:
+        for name in ("weight_bits", "act_bits"):
+            values = tuple(sorted({int(b) for b in getattr(self, name)}))
+            allowed = WIDTHS if name == "weight_bits" else WIDTHS[1:]
+            if not set(values) <= set(allowed) or not set(values) - {0}:
+                raise AjpqError(f"{name} must be widths out of {allowed} with at least one above 0, but they are {values}; choose others")
+            object.__setattr__(self, name, values)
+        if self.blocks != "max" and not (isinstance(self.blocks, int) and self.blocks >= 1):
+            raise AjpqError(f"blocks must be a whole number >= 1 or 'max', but it is {self.blocks!r}; choose another")
+        if not 0 <= self.max_sparsity < 1:
+            raise AjpqError(f"0 <= max_sparsity < 1 must hold, but it is {self.max_sparsity}; choose another")
+        if self.first_last is not None and self.first_last not in WIDTHS[1:]:
+            raise AjpqError(f"first_last must be one of {WIDTHS[1:]} or null, but it is {self.first_last}; choose another")
+
+
+class SearchSpace:
+    """Facts that every backend shares: allowed widths, the orders by importance, and the two extreme policies."""
+
+    def __init__(self, network: Network, choices: Choices = Choices(), importance: Importance = magnitude) -> None:
+        self.network, self.choices = network, choices
+        self.scores: Mapping[str, np.ndarray] = importance(network)
+        self.channel_scores = of_channels(network, self.scores)
+        self._ends = {network.layers[0].name, network.layers[-1].name} if choices.first_last is not None else set()
+
+    def widths(self, layer: LayerSpec) -> tuple[int, ...]:
+        """Widths that a surviving kernel may have, ascending."""
+        return (self.choices.first_last,) if layer.name in self._ends else tuple(b for b in self.choices.weight_bits if b)
+
+    def acts(self, layer: LayerSpec) -> tuple[int, ...]:
+        """Widths that the layer's input may have, ascending."""
+        return (self.choices.first_last,) if layer.name in self._ends else self.choices.act_bits
+
+    @cached_property
+    def essential(self) -> np.ndarray:
+        """bool (n_channels,): never pruned, so that every layer keeps an input and a kernel, and every space a channel: the most
+        important channel of each space within each layer's inputs and kernels."""
+        keep = ~self.network.prunable
+        for layer in self.network.layers:
+            for ids in (np.unique(layer.inputs_of_a_kernel), np.unique(layer.writes)):
+                owner = self.network.space_of[ids]
+                for s in np.unique(owner):
+                    members = ids[owner == s]
+                    keep[members[np.argmax(self.channel_scores[members])]] = True
+        for space in self.network.spaces:
+            keep[space.channels[np.argmax(self.channel_scores[space.channels])]] = True
+        return keep
+
+    @cached_property
+    def prune_order(self) -> tuple[np.ndarray, ...]:
+        """For every space, the channels that may go, least important first; empty where nothing may."""
+        free = ~self.essential if 0 in self.choices.weight_bits else np.zeros(self.network.n_channels, bool)
+        orders = []
+        for space in self.network.spaces:
+            channels = space.channels[free[space.channels]]
+            orders.append(channels[np.argsort(self.channel_scores[channels], kind="stable")])
+        return tuple(orders)
+
+    def n_pruned(self, space: int, sparsity: float) -> int:
+        """Channels of a space that a sparsity (a fraction of its size) removes."""
+        wanted = int(np.floor(sparsity * self.network.spaces[space].size + 1e-9))
+        return min(wanted, len(self.prune_order[space]))
+
+    def alive_at(self, sparsity: float) -> np.ndarray:
+        """bool (n_channels,) with the same sparsity in every space."""
+        alive = np.ones(self.network.n_channels, bool)
+        for s, order in enumerate(self.prune_order):
+            alive[order[: self.n_pruned(s, sparsity)]] = False
+        return alive
+
+    def homogeneous(self, width: int, sparsity: float = 0.0, act_bits: int | None = None) -> CompressionPolicy:
+        """The same width, sparsity and activation width everywhere that there is a choice (the nearest allowed one elsewhere)."""
+        alive = self.alive_at(sparsity)
+        act_bits = self.choices.act_bits[-1] if act_bits is None else act_bits
+
+        def nearest(options: tuple[int, ...], wanted: int) -> int:
+            return min(options, key=lambda b: abs(b - wanted))
+
+        return CompressionPolicy(
+            {layer.name: np.where(alive[layer.writes], nearest(self.widths(layer), width), 0).astype(np.uint8) for layer in self.network.layers},
+            {layer.name: nearest(self.acts(layer), act_bits) for layer in self.network.layers})
+
+    def cheapest(self) -> CompressionPolicy:
+        """Smallest widths, largest sparsity: the least that any cost can become."""
+        return self.homogeneous(0, self.choices.max_sparsity, act_bits=0)
+
+    def blocks(self, layer: LayerSpec, alive: np.ndarray) -> list[np.ndarray]:
+        """Surviving kernels (indices), most important first, in the configured number of nearly equal blocks."""
+        kernels = np.flatnonzero(alive[layer.writes])
+        kernels = kernels[np.argsort(-self.scores[layer.name][kernels], kind="stable")]
+        n = len(kernels) if self.choices.blocks == "max" else min(int(self.choices.blocks), len(kernels))
+        return np.array_split(kernels, n)
