@@ -1,0 +1,1 @@
+"""Search backends: each proposes compression policies for a problem, one method a file."""
