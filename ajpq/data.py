@@ -1,0 +1,335 @@
+"""Images as whole batches: scikit-learn's digits, CIFAR-10 from disk, and the container for a user's own loaders.
+
+Images stay uint8 in memory; a batch is one fancy index, one crop and one normalisation, never a loop over images. Four
+splits have four purposes: `train` fits weights, `search` scores policies, `test` is reported, `calibration` sets
+clipping and batch-norm.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from ajpq.errors import AjpqError
+
+Batches = Iterable[tuple[Tensor, Tensor]]  # images (N, C, H, W) float32, labels (N,) int64
+
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CIFAR10_FILES = tuple(f"data_batch_{i}" for i in range(1, 6)), ("test_batch",)
+SUFFIXES = {".jpg", ".jpeg", ".png"}
+
+
+@dataclass(frozen=True)
+class Data:
+    """The splits of one image classification task. Each can be iterated again and again; a torch DataLoader is one.
+
+    train: shuffled and augmented, in a new order every epoch. search, test: fixed order, no augmentation, disjoint from
+    the images of train. calibration: training images in fixed order, no augmentation. classes: their names, index =
+    label.
+    """
+
+    train: Batches
+    search: Batches
+    test: Batches
+    calibration: Batches
+    classes: tuple[str, ...]
+
+
+class ImageBatches:
+    """Batches of normalised float32 images made from uint8 images in memory.
+
+    images: uint8 (N, C, H, W). labels: int64 (N,). mean, std: per channel, in units of pixel / `scale`. shuffle: the
+    seed of the order and of the augmentation, both drawn anew every epoch; None = fixed order, all images. A shuffled
+    epoch of more than one batch drops its incomplete last one. pad: random shifts of up to `pad` pixels, black coming
+    in. flip: left-right at random.
+    """
+
+    def __init__(
+        self, images: Tensor, labels: Tensor, batch_size: int, *, mean: Sequence[float], std: Sequence[float],
+        scale: float = 255.0, shuffle: int | None = None, pad: int = 0, flip: bool = False,
+    ) -> None:  # fmt: skip
+        if batch_size < 1:
+            raise AjpqError(f"`batch_size >= 1` must hold, but {batch_size=}: give the number of images per batch.")
+        self.images, self.labels, self.batch_size, self.pad, self.flip = images, labels, batch_size, pad, flip
+        self._mean = torch.tensor(mean).view(1, -1, 1, 1) * scale
+        self._std = torch.tensor(std).view(1, -1, 1, 1) * scale
+        self._epochs = None if shuffle is None else torch.Generator().manual_seed(shuffle)
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.images), self.batch_size)
+        return whole + (rest > 0 and (self._epochs is None or whole == 0))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self._epochs is None:
+            for images, labels in zip(
+                self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True
+            ):
+                yield self._normalise(images), labels
+            return
+        # An epoch draws from its own generator, so one that is abandoned half-way does not change the next.
+        epoch = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=self._epochs)))
+        order = torch.randperm(len(self.images), generator=epoch)
+        for chosen in order.split(self.batch_size)[: len(self)]:
+            yield self._normalise(self._augment(self.images[chosen], epoch)), self.labels[chosen]
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        return images.float().sub_(self._mean).div_(self._std)
+
+    def _augment(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        n, c, h, w = images.shape
+        dy, dx = torch.randint(2 * self.pad + 1, (2, n, 1), generator=generator)  # (N, 1) each
+        cols = torch.arange(w).expand(n, w)
+        if self.flip:
+            cols = torch.where(torch.rand(n, 1, generator=generator) < 0.5, cols, w - 1 - cols)
+        rows, cols = torch.arange(h) + dy, cols + dx  # (N, H), (N, W)
+        padded = F.pad(images, (self.pad,) * 4)
+        return padded[
+            torch.arange(n).view(n, 1, 1, 1),
+            torch.arange(c).view(1, c, 1, 1),
+            rows[:, None, :, None],
+            cols[:, None, None, :],
+        ]
+
+
+def stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:
+    """A seeded permutation of all images whose every prefix holds the classes in (nearly) their proportions."""
+    rng = np.random.default_rng(seed)
+    quantile = np.empty(len(labels))
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        quantile[members] = (np.arange(len(members)) + 0.5) / len(members)
+    return np.lexsort((rng.random(len(labels)), quantile))
+
+
+def digits(
+    seed: int = 0, batch_size: int = 64, train: float = 0.6, search: float = 0.2, eval_batch_size: int = 100
+) -> Data:
+    """scikit-learn's bundled handwritten digits: 1,797 real images (1, 8, 8), ten classes, no download.
+
+    train, search: fractions of all images; the rest is the test split. Training images are shifted by up to one pixel;
+    up to 256 of them, unshifted, are the calibration split. Raises AjpqError for fractions that leave a split empty.
+    """
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = torch.from_numpy(bunch.images).to(torch.uint8).unsqueeze(1)  # (1797, 1, 8, 8), 0..16
+    n_train, n_search = (round(f * len(images)) if 0 < f < 1 else 0 for f in (train, search))
+    if not (n_train > 0 and n_search > 0 and n_train + n_search < len(images)):
+        raise AjpqError(
+            f"`train > 0`, `search > 0` and `train + search < 1` must hold for the digits splits, but {train=} "
+            f"and {search=}: "
+            "leave some of the images for each of train, search and test."
+        )
+    order = stratified_order(bunch.target, seed)
+    labels = torch.from_numpy(bunch.target).long()
+    norm = {"scale": 16.0, "mean": (0.3053,), "std": (0.3760,)}
+
+    def part(chosen: np.ndarray, size: int, **options) -> ImageBatches:
+        return ImageBatches(images[chosen], labels[chosen], size, **norm, **options)
+
+    return Data(
+        train=part(order[:n_train], batch_size, shuffle=seed, pad=1),
+        search=part(order[n_train : n_train + n_search], eval_batch_size),
+        test=part(order[n_train + n_search :], eval_batch_size),
+        calibration=part(order[: min(256, n_train)], eval_batch_size),
+        classes=tuple(str(name) for name in bunch.target_names),
+    )
+
+
+def cifar10(
+    root: str | Path, seed: int = 0, batch_size: int = 128, search_images: int = 5000, calibration_images: int = 1000,
+    limit: int | None = None, eval_batch_size: int = 100,
+) -> Data:  # fmt: skip
+    """CIFAR-10 (Krizhevsky 2009), images (3, 32, 32), from a folder on disk.
+
+    root: `cifar-10-batches-py` (data_batch_1..5, test_batch), or an image folder `{train,test}/<class>/*.jpg|png`, or
+    the folder that contains one of these. search_images: carved off the training part, stratified. calibration_images:
+    at most so many training images. limit: at most so many images in each split, stratified, for quick runs. Training
+    images are shifted by up to four pixels and flipped at random. Raises AjpqError for a missing or empty folder,
+    classes without images or that differ, and unreadable images.
+    """
+    for name, value in {
+        "search_images": search_images,
+        "calibration_images": calibration_images,
+        "limit": limit,
+    }.items():
+        if value is not None and value < 1:
+            raise AjpqError(f"`{name} >= 1` must hold, but {name}={value}: give a number of images.")
+    train, test, classes = _open(Path(root))
+    if search_images >= len(train.labels):
+        raise AjpqError(
+            f"`search_images < {len(train.labels)}` must hold for the training images of {root}, but "
+            f"{search_images=}: leave some to train on."
+        )
+    order, test_order = stratified_order(train.labels, seed), stratified_order(test.labels, seed)
+    search_order, train_order = order[:search_images][:limit], order[search_images:][:limit]
+
+    def part(source: _Source, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
+        return source.read(chosen), torch.from_numpy(source.labels[chosen])
+
+    norm = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    images, labels = part(train, train_order)
+    return Data(
+        train=ImageBatches(images, labels, batch_size, **norm, shuffle=seed, pad=4, flip=True),
+        search=ImageBatches(*part(train, search_order), eval_batch_size, **norm),
+        test=ImageBatches(*part(test, np.sort(test_order[:limit])), eval_batch_size, **norm),
+        calibration=ImageBatches(images[:calibration_images], labels[:calibration_images], eval_batch_size, **norm),
+        classes=classes,
+    )
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One part of CIFAR-10 on disk. labels: int64 (N,). read: indices (n,) -> uint8 images (n, 3, 32, 32)."""
+
+    labels: np.ndarray
+    read: Callable[[np.ndarray], Tensor]
+
+
+def _open(root: Path) -> tuple[_Source, _Source, tuple[str, ...]]:
+    """(train, test, classes) of the one data set in `root` or in a folder directly below it."""
+    if not root.is_dir():
+        raise AjpqError(f"The CIFAR-10 root must be an existing folder, but {root} is not one: check `data.root`.")
+    here = [root, *sorted(p for p in root.iterdir() if p.is_dir())]
+    batches = [p for p in here if any((p / name).is_file() for name in CIFAR10_FILES[0])]
+    folders = [p for p in here if all((p / part).is_dir() for part in ("train", "test"))]
+    found = [root] if root in batches + folders else batches + folders
+    if len(found) != 1:
+        what = (
+            f"holds several ({', '.join(p.name for p in found)})"
+            if found
+            else "holds neither"
+            if any(root.iterdir())
+            else "is empty"
+        )
+        raise AjpqError(
+            "The CIFAR-10 root must hold one data set, data_batch_1..5 with test_batch or "
+            "{train,test}/<class>/*.jpg|png, "
+            f"but {root} {what}: point `data.root` at the data set's own folder."
+        )
+    if found[0] in batches:
+        train, test = (_python_batches(found[0], names) for names in CIFAR10_FILES)
+        return train, test, CIFAR10_CLASSES
+    (train, classes), (test, test_classes) = (_image_folder(found[0] / part) for part in ("train", "test"))
+    if classes != test_classes:
+        odd = ", ".join(sorted(set(classes) ^ set(test_classes)))
+        raise AjpqError(
+            f"The classes of train and test must be the same, but {found[0]} has only one of the two for: "
+            f"{odd}; add or remove them."
+        )
+    return train, test, classes
+
+
+def _image_folder(folder: Path) -> tuple[_Source, tuple[str, ...]]:
+    classes = tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")))
+    if not classes:
+        raise AjpqError(
+            f"An image folder must hold one folder of images per class, but {folder} has none: check `data.root`."
+        )
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        files = sorted(p for p in (folder / name).iterdir() if p.suffix.lower() in SUFFIXES)
+        if not files:
+            raise AjpqError(
+                f"Every class must have at least one .jpg or .png image, but {folder / name} has none: "
+                "add images or remove it."
+            )
+        paths += files
+        labels += [label] * len(files)
+
+    def read(chosen: np.ndarray) -> Tensor:
+        images = np.empty((len(chosen), 32, 32, 3), np.uint8)
+        for row, index in enumerate(chosen):
+            images[row] = _pixels(paths[index])
+        return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+    return _Source(np.array(labels, dtype=np.int64), read), classes
+
+
+def _pixels(path: Path) -> np.ndarray:
+    # One thread: Pillow takes 0.1 ms for such an image, and handing work between Python threads costs more than that.
+    try:
+        with Image.open(path, formats=("JPEG", "PNG")) as image:
+            if image.size == (32, 32):
+                return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+            size = image.size
+    except (OSError, ValueError, SyntaxError) as error:
+        raise AjpqError(
+            f"Every image must be a readable JPEG or PNG file, but {path} is not ({error}): restore or remove it."
+        ) from error
+    raise AjpqError(f"Every image must be 32x32 pixels, but {path} is {size[0]}x{size[1]}: resize or remove it.")
+
+
+def _python_batches(folder: Path, names: tuple[str, ...]) -> _Source:
+    """The official batches: pickled dictionaries of `data`, uint8 (n, 3072), and `labels`, n integers in 0..9."""
+    images, labels = [], []
+    for name in names:
+        try:
+            with open(folder / name, "rb") as file:
+                record = _CifarUnpickler(file, encoding="bytes").load()
+            record = {key.decode() if isinstance(key, bytes) else key: value for key, value in record.items()}
+            batch = np.frombuffer(record["data"].raw, np.uint8).reshape(-1, 3, 32, 32)
+            targets = np.array(record["labels"], dtype=np.int64)
+            if targets.shape != batch.shape[:1] or targets.size == 0 or targets.min() < 0 or targets.max() > 9:
+                raise ValueError(f"{len(batch)} images with labels of shape {targets.shape}")
+        except Exception as error:  # a damaged pickle can fail in any way
+            raise AjpqError(
+                f"A CIFAR-10 batch must be a readable pickle of uint8 images and labels 0..9, but {folder / name} "
+                "is not "
+                f"({type(error).__name__}: {error}): download it again."
+            ) from error
+        images.append(batch)
+        labels.append(targets)
+    pixels = torch.from_numpy(np.concatenate(images))
+    return _Source(np.concatenate(labels), lambda chosen: pixels[torch.from_numpy(chosen)])
+
+
+class _Bytes:
+    """Stands in for a pickled numpy array and keeps its raw bytes, so that no file reaches numpy's own unpickling."""
+
+    raw: bytes = b""
+
+    def __setstate__(self, state: tuple) -> None:
+        _version, _shape, _dtype, fortran_order, raw = state
+        if fortran_order or not isinstance(raw, bytes):
+            raise pickle.UnpicklingError("the array is not C-ordered bytes")
+        self.raw = raw
+
+
+class _Dtype:
+    def __setstate__(self, state: tuple) -> None:
+        pass
+
+
+def _uint8_dtype(name: object, *_: object) -> _Dtype:
+    if name not in ("u1", b"u1"):
+        raise pickle.UnpicklingError(f"the array is {name!r} instead of uint8")
+    return _Dtype()
+
+
+def _latin1(text: str, encoding: object) -> bytes:  # how Python 3 writes bytes at pickle protocol 2
+    return text.encode("latin1")
+
+
+class _CifarUnpickler(pickle.Unpickler):
+    """Knows only the four names that the official files need; any other one, which could run code, is refused."""
+
+    _KNOWN = {
+        **{(f"numpy.{core}.multiarray", "_reconstruct"): lambda *_: _Bytes() for core in ("core", "_core")},
+        ("numpy", "ndarray"): _Bytes,
+        ("numpy", "dtype"): _uint8_dtype,
+        ("_codecs", "encode"): _latin1,
+    }
+
+    def find_class(self, module: str, name: str) -> object:
+        if (module, name) not in self._KNOWN:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no CIFAR-10 batch needs")
+        return self._KNOWN[module, name]
