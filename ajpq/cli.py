@@ -1,0 +1,126 @@
+"""The command `ajpq`: a Hydra application over the configuration in the folder `conf` beside this package.
+
+`main()` finds the three sibling folders, runs the job, and turns every error that the user can mend into one sentence
+on stderr with exit status 2. Ctrl-C ends with status 130. Any other error is a bug and keeps its traceback;
+AJPQ_DEBUG=1 (or Hydra's HYDRA_FULL_ERROR=1) shows the traceback of every error.
+"""
+
+import argparse
+import importlib.util
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from ajpq.errors import AjpqError
+from ajpq.explain import CONF, explain, first_bad_override
+
+HOME = CONF.parent
+BAD_INPUT, INTERRUPTED = 2, 130
+DEBUG = any(os.environ.get(name) == "1" for name in ("AJPQ_DEBUG", "HYDRA_FULL_ERROR"))
+
+_folder: Path | None = None
+
+
+def main() -> int:
+    """Run the command on `sys.argv`; returns or exits with 0, 2 (bad input) or 130 (interrupted)."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors over instead of printing them
+    command = _command_line()
+    try:
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
+        check_siblings()
+        if command.multirun:
+            check_sweep(command)
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(_task)()
+        return 0
+    except KeyboardInterrupt:
+        kept = f"what was finished is kept in {_folder}" if _folder else "before anything was written"
+        sys.stderr.write(f"\najpq: interrupted: {kept}\n")
+        return INTERRUPTED
+    except Exception as error:
+        return _report(error, command)
+
+
+def check_siblings() -> None:
+    """Raise AjpqError unless `envs`, `agents` and `conf` are the folders beside this package, not foreign ones."""
+    for name in ("envs", "agents"):
+        ours = HOME / name
+        spec = importlib.util.find_spec(name)
+        found = [Path(place).resolve() for place in (spec.submodule_search_locations or [])] if spec else []
+        if found[:1] != [ours]:
+            other = found[0] if found else (spec.origin if spec else "nowhere")
+            raise AjpqError(
+                f"the package `{name}` must be {ours}, but Python finds it at {other}; rename or uninstall the other "
+                "one, or install ajpq in a virtual environment of its own"
+            )
+    if not (CONF / "config.yaml").is_file():
+        raise AjpqError(f"the configuration must be {CONF / 'config.yaml'}, but there is no such file; reinstall ajpq")
+
+
+def check_sweep(command: argparse.Namespace) -> None:
+    """Compose every value of a sweep once, as Hydra does so only after it has written the folder of the sweep."""
+    found = first_bad_override(command)
+    if found is not None:
+        raise found[1]
+
+
+def _task(cfg: DictConfig) -> None:
+    global _folder
+    context = HydraConfig.get()
+    folder = _folder = Path(context.runtime.output_dir)
+    try:
+        from ajpq import pipeline
+
+        pipeline.run(cfg, folder)
+    except Exception as error:
+        sentence = explain(error)
+        if sentence is None:
+            raise
+        _discard(folder, context.output_subdir, f"{context.job.name}.log")
+        if context.mode == RunMode.MULTIRUN or DEBUG:
+            raise
+        sys.stderr.write(f"ajpq: error: {sentence}\n")
+        sys.exit(BAD_INPUT)
+
+
+def _command_line() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--multirun", "-m", action="store_true")
+    parser.add_argument("--config-dir", "-cd")
+    parser.add_argument("--config-path", "-cp")
+    parser.add_argument("--config-name", "-cn", default="config")
+    command = parser.parse_known_intermixed_args()[0]
+    command.overrides = [text for text in command.overrides if "=" in text or text.startswith("~")]
+    return command
+
+
+def _report(error: Exception, command: argparse.Namespace) -> int:
+    sentence = explain(error, command)
+    if sentence is None:
+        raise error
+    if DEBUG:
+        traceback.print_exception(error)
+    sys.stderr.write(f"ajpq: error: {sentence}\n")
+    return BAD_INPUT
+
+
+def _discard(folder: Path, subfolder: str | None, log: str) -> None:
+    """Remove what Hydra wrote into `folder` before a job that then wrote nothing, and the folders left empty by it."""
+    written = [path for path in folder.rglob("*") if path.is_file()]
+    of_hydra = {folder / log} | ({path for path in (folder / subfolder).rglob("*")} if subfolder else set())
+    if folder.resolve() in (Path.cwd(), *Path.cwd().parents) or not of_hydra.issuperset(written):
+        return
+    for path in written:
+        path.unlink()
+    for empty in ([folder / subfolder] if subfolder else []) + [folder, *folder.parents]:
+        if empty.is_dir() and (any(empty.iterdir()) or Path.cwd() not in empty.resolve().parents):
+            break
+        if empty.is_dir():
+            empty.rmdir()
