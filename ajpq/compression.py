@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ajpq import ops, quantize
-from ajpq.calibrate import Calibration
+from ajpq.calibration import Calibration
 from ajpq.errors import AjpqError
 from ajpq.layers import ActQuant, ChannelAffine, FrozenLayer, Geometry, QuantLayer
 from ajpq.network import Network

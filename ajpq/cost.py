@@ -26,6 +26,7 @@ class Load:
     weight_bits: Tensor  # (c_out,)
     act_bits: Tensor  # (), of the layer's input
     side: Tensor  # (), 32-bit words of other parameters that the shipped file stores with this layer
+    first: bool  # whether it is the network's first layer, which carries what is paid once
 
     @property
     def weights_per_kernel(self) -> Tensor:
@@ -50,20 +51,21 @@ def _stack(values: list[Tensor]) -> Tensor:
 
 
 class Size:
-    """Bits of the packed file: for a surviving kernel of b <= 8 bits and n weights ``b n + 16 (scale) + 16 (bias, if the layer
-    has one) + 4 (its width)``, for one of 32 bits ``32 n + 32 (bias)``; 32 per channel of a batch-norm that cannot be folded and
-    per other parameter. The file's header is not in it: the file has at most 2 % and 4 KiB more."""
+    """Bits of the packed file, header included: for a surviving kernel of b <= 8 bits and n weights ``b n + 16 (scale) + 16 (bias,
+    if the layer has one) + 4 (its width)``, for one of 32 bits ``32 n + 32 (bias) + 4``; 32 per channel of a batch-norm that
+    cannot be folded and per other parameter; for the header (graph and geometry) 48 bytes per layer and 512 bytes once."""
 
     unit = "bit"
+    header_per_layer, header_once = 48 * 8, 512 * 8
 
     def __call__(self, loads: Sequence[Load]) -> Tensor:
         return _stack([self._layer(load) for load in loads])
 
-    @staticmethod
-    def _layer(load: Load) -> Tensor:
+    def _layer(self, load: Load) -> Tensor:
         words = 1.0 if load.layer.bias else 0.0
-        overhead = torch.where(load.weight_bits < FLOAT, 20.0 + 16.0 * words, 32.0 * words)
-        return (load.kept * (load.weight_bits * load.weights_per_kernel + overhead)).sum() + 32.0 * load.side
+        overhead = torch.where(load.weight_bits < FLOAT, 16.0 + 16.0 * words, 32.0 * words) + 4.0
+        header = self.header_per_layer + (self.header_once if load.first else 0)
+        return (load.kept * (load.weight_bits * load.weights_per_kernel + overhead)).sum() + 32.0 * load.side + header
 
 
 class MACs:
@@ -116,7 +118,8 @@ def load_of(network: Network, layer: LayerSpec, weight_bits: np.ndarray, act_bit
     bits = torch.as_tensor(weight_bits, dtype=torch.float64)
     inputs = 1 if layer.kind == "depthwise" else int(alive[layer.inputs_of_a_kernel].sum())
     return Load(layer, torch.tensor(float(inputs), dtype=torch.float64), (bits > 0).double(), bits,
-                torch.tensor(float(act_bits), dtype=torch.float64), torch.tensor(float(side_words(network, alive, layer)), dtype=torch.float64))
+                torch.tensor(float(act_bits), dtype=torch.float64), torch.tensor(float(side_words(network, alive, layer)), dtype=torch.float64),
+                layer is network.layers[0])
 
 
 def loads_of(network: Network, policy: CompressionPolicy) -> tuple[Load, ...]:

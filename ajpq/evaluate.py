@@ -8,8 +8,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from ajpq.calibrate import Calibration
-from ajpq.compress import compress
+from ajpq.calibration import Calibration
+from ajpq.compression import compress
 from ajpq.network import Network
 from ajpq.policy import CompressionPolicy
 from ajpq.training import accuracy, recalibrate

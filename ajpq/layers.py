@@ -104,12 +104,9 @@ class FrozenLayer(nn.Module):
                  geometry: Geometry, act: ActQuant) -> None:
         super().__init__()
         self.geometry, self.act = geometry, act
-        self.register_buffer("codes", codes)
-        self.register_buffer("bits", bits)
-        self.register_buffer("scale", scale)
-        self.register_buffer("raw", raw)
-        self.register_buffer("bias", bias)
-        weight = quantize.decode(codes, bits, scale)
+        for name, value in (("codes", codes), ("bits", bits), ("scale", scale), ("raw", raw), ("bias", bias)):
+            self.register_buffer(name, None if value is None else value.contiguous())
+        weight = quantize.decode(self.codes, bits, scale)
         weight[bits == FLOAT] = raw
         self.register_buffer("weight", weight, persistent=False)
 

@@ -10,7 +10,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from ajpq.budget import Budget
-from ajpq.calibrate import calibrate
+from ajpq.calibration import calibrate
 from ajpq.cost import MACs, BOPs, CostModel, Size
 from ajpq.draft import Draft
 from ajpq.errors import AjpqError
@@ -19,7 +19,7 @@ from ajpq.importance import Importance, magnitude
 from ajpq.network import Network
 from ajpq.policy import CompressionPolicy
 from ajpq.space import Choices, SearchSpace
-from ajpq.trace import trace
+from ajpq.tracing import trace
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,138 @@
+"""The main job: config -> problem -> search -> policy -> fine-tune -> ship -> report. Called by the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import nn
+
+from ajpq import report as reporting
+from ajpq.checkpoint import load_weights, save_weights
+from ajpq.compression import compress
+from ajpq.console import Screen
+from ajpq.data import Data
+from ajpq.errors import AjpqError
+from ajpq.files import write_text
+from ajpq.finetuning import finetune
+from ajpq.problem import Evaluation, Problem
+from ajpq.shipping import load, ship
+from ajpq.tracing import trace
+from ajpq.training import accuracy, fit, recalibrate
+
+
+def run(cfg: DictConfig, folder: Path) -> None:
+    """Run one job; everything it writes goes to `folder`. The test split is read once, at the end.
+
+    Writes original.safetensors (when trained here), evaluations.jsonl (a line per evaluation, at once), policy.json,
+    model.safetensors and report.json. An interrupt writes policy.json with the best policy so far and passes on.
+    """
+    screen = Screen()
+    torch.manual_seed(cfg.seed)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    parts = {name: instantiate(cfg[name], _convert_="all") for name in ("data", "model", "choices", "costs", "importance", "reward", "search")}
+    data: Data = parts["data"]
+    model = _trained(cfg, parts["model"], data, screen, folder)
+    with screen.stage("trace"):
+        network = trace(model, next(iter(data.calibration))[0])
+    screen.say(str(network))
+
+    record = folder / "evaluations.jsonl"
+    backend, limit = parts["search"], getattr(parts["search"], "evaluations", None)
+    with screen.stage("prepare"):
+        problem = Problem(network, data.calibration, _first(data.search, cfg.search_images), _limits(cfg.budget), choices=parts["choices"],
+                          costs=parts["costs"], importance=parts["importance"], reward=parts["reward"], norm_batches=cfg.norm_batches)
+    try:
+        with screen.stage("search", limit or 1, "best -") as advance, record.open("a") as lines:
+            def log(evaluation: Evaluation) -> None:
+                lines.write(json.dumps(_row(evaluation)) + "\n")
+                lines.flush()
+                best = problem.best
+                advance(evaluation.number, f"best {best.score.reward:.4f}" if best else "best -")
+
+            problem.on_evaluation = log
+            result = backend.search(problem)
+    except KeyboardInterrupt:
+        if problem.best is not None:
+            write_text(folder / "policy.json", problem.best.policy.to_json())
+        raise
+    write_text(folder / "policy.json", result.policy.to_json())
+
+    searched = compress(network, result.policy, problem.calibration)
+    recalibrate(searched, problem_norms(data, cfg.norm_batches))
+    student = compress(network, result.policy, problem.calibration)
+    settings = instantiate(cfg.finetune, _convert_="all")
+    teacher = model if settings.pop("distillation") else None
+    with screen.stage("fine-tune", settings["epochs"]) as advance:
+        final = finetune(student, data.train, teacher=teacher, seed=cfg.seed, **settings,
+                         on_epoch=lambda epoch, row: advance(epoch, f"loss {row['loss']:.4f} train accuracy {row['train_accuracy']:.4f}"))
+    with screen.stage("ship"):
+        path = ship(final, folder)
+        loaded = load(path)
+    with screen.stage("test"):
+        metrics = {name: accuracy(net, data.test) for name, net in (("original", model), ("searched", searched), ("final", loaded))}
+
+    costs = reporting.costs_of(problem, result.policy)
+    report = {
+        "metrics": metrics,
+        "bytes": {"original": costs["size"]["original"] / 8, "claimed": costs["size"]["final"] / 8, "on_disk": path.stat().st_size},
+        "costs": costs, "budget": problem.budget.limits, "search_score": asdict(result.score), "evaluations": result.evaluations,
+        "seconds": screen.seconds, "seed": cfg.seed, "policy": result.policy.digest(),
+        "layers": reporting.layers_of(network, result.policy), "versions": reporting.versions(), "machine": reporting.machine(),
+    }
+    write_text(folder / "report.json", json.dumps(report, indent=1, default=float))
+    reporting.show(report, screen.console)
+    screen.say(f"written to {folder}")
+
+
+def _trained(cfg: DictConfig, model: nn.Module, data: Data, screen: Screen, folder: Path) -> nn.Module:
+    """The model with the checkpoint's weights, or trained here where there is none."""
+    if cfg.checkpoint is not None:
+        load_weights(model, cfg.checkpoint)
+        return model.eval()
+    settings = instantiate(cfg.train, _convert_="all")
+    with screen.stage("train", settings["epochs"]) as advance:
+        fit(model, data.train, seed=cfg.seed, **settings,
+            on_epoch=lambda epoch, row: advance(epoch, f"loss {row['loss']:.4f} train accuracy {row['train_accuracy']:.4f}"))
+    save_weights(model, folder / "original.safetensors")
+    return model.eval()
+
+
+def _limits(budget: Mapping[str, Any]) -> dict[str, float]:
+    """The costs that have a limit. Raises AjpqError where one is not a number."""
+    limits = {str(name): value for name, value in budget.items() if value is not None}
+    for name, value in limits.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise AjpqError(f"a budget must be a fraction in (0, 1] or null, but budget.{name} is {value!r}; write budget.{name}=0.1")
+    return limits
+
+
+def _first(batches: Any, images: int | None) -> Any:
+    """The batches of the first `images` images (whole batches), all of them for None."""
+    if images is None:
+        return batches
+    chosen, seen = [], 0
+    for batch in batches:
+        if seen >= images:
+            break
+        chosen.append(batch)
+        seen += len(batch[0])
+    return chosen
+
+
+def problem_norms(data: Data, batches: int) -> list:
+    """The calibration batches that batch-norms are re-estimated on before a policy is judged."""
+    return [batch for batch, _ in zip(data.calibration, range(batches), strict=False)]
+
+
+def _row(evaluation: Evaluation) -> dict[str, Any]:
+    score = evaluation.score
+    return {"number": evaluation.number, "policy": evaluation.policy.digest(), "reward": score.reward, "accuracy": score.accuracy,
+            "ratios": dict(score.ratios), "within": score.within, "seconds": round(evaluation.seconds, 3)}
