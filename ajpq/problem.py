@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ajpq.budget import Budget
 from ajpq.calibration import calibrate
-from ajpq.cost import MACs, BOPs, CostModel, Size
+from ajpq.cost import BOPs, CostModel, MACs, Size
 from ajpq.draft import Draft
 from ajpq.errors import AjpqError
 from ajpq.evaluate import Batches, Evaluator

@@ -4,7 +4,6 @@ channels involved not prunable, with the reason kept, and never loses a layer.""
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,9 +11,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from ajpq import moves, ops
+from ajpq.assemble import assemble
 from ajpq.channels import ChannelSets, Value
 from ajpq.errors import AjpqError
-from ajpq.network import LayerSpec, Move, Network, NormSpec, Space
+from ajpq.network import LayerSpec, Move, Network
 
 _NORMS = (nn.BatchNorm2d, nn.BatchNorm1d)
 
@@ -39,7 +39,7 @@ def trace(model: nn.Module, example: Tensor) -> Network:
                         "`assert` and loops over values out of forward, or put them into a function under torch.fx.wrap") from error
     example = example.detach()[:2].float()
     example = example if len(example) == 2 else example.repeat(2, *([1] * (example.ndim - 1)))
-    walk = _Walk(module)
+    walk = Walk(module)
     try:
         with torch.no_grad():
             walk.run(example.to(next(private.parameters(), example).device))
@@ -53,10 +53,10 @@ def trace(model: nn.Module, example: Tensor) -> Network:
     if not walk.layers:
         raise AjpqError(f"a network must have a Conv2d or Linear module that its forward calls, but {type(model).__name__} "
                         "has none (F.conv2d is invisible as a layer); use modules")
-    return walk.network(private, example)
+    return assemble(walk, private, example)
 
 
-class _Walk(fx.Interpreter):
+class Walk(fx.Interpreter):
     """Runs the graph on the example and carries a `Value` beside every tensor."""
 
     def __init__(self, module: fx.GraphModule) -> None:
@@ -289,52 +289,6 @@ class _Walk(fx.Interpreter):
             return torch.zeros(shape) if isinstance(a, Tensor) and tuple(a.shape) == shape else a
 
         return not bool(getattr(self, node.op)(node.target, tuple(map(swap, args)), {k: swap(v) for k, v in kwargs.items()}).any())
-
-    # -- the result ---------------------------------------------------------------------------------------------------
-
-    def network(self, original: nn.Module, example: Tensor) -> Network:
-        sets = self.sets
-        for i, name in enumerate(self.norm_nodes):  # a norm called several times cannot be folded into one layer
-            sets.note(sets.norms, self.norm_channels[name], name)
-        all_roots = sets.roots(np.arange(len(sets.parent)))
-        dense = {root: i for i, root in enumerate(dict.fromkeys(all_roots.tolist()))}
-        rank = np.array([dense[root] for root in all_roots.tolist()])
-
-        norms = tuple(self._norm(name) for name in self.norm_nodes)
-        folded = {norm.folds_into for norm in norms}
-        layers = tuple(replace(layer, reads=rank[layer.reads], writes=rank[layer.writes], bias=layer.bias or layer.name in folded)
-                       for layer in self.layers.values())
-        norms = tuple(replace(norm, channels=rank[norm.channels]) for norm in norms)
-
-        grouped: dict[tuple, list[int]] = {}
-        order = {name: i for i, name in enumerate(self.layers)}
-        for root, channel in dense.items():
-            writers = tuple(sorted(sets.writers.get(root, ()), key=order.__getitem__))
-            why = sets.frozen.get(root, "" if writers else "no layer writes it")
-            grouped.setdefault((writers, tuple(sets.norms.get(root, ())), why), []).append(channel)
-        spaces = tuple(Space(np.array(channels), not why, why, writers, norm_names)
-                       for (writers, norm_names, why), channels in grouped.items())
-
-        values = {name: rank[value.ids] for name, value in self.values.items()
-                  if isinstance(value, Value) and value.ids is not None}
-        plans = {name: replace(move, channels=None if move.channels is None else rank[move.channels])
-                 for name, move in self.moves.items()}
-        used = {str(n.target) for n in self.module.graph.nodes if n.op == "call_module"}
-        unused = tuple(name for name, m in original.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and name not in used
-                       and not any(name.startswith(leaf + ".") for leaf in used))
-        known = set(self.layers) | set(self.norm_nodes)
-        tensors = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
-        others = sum(t.numel() for name, t in tensors.items() if name.rpartition(".")[0] not in known and t.is_floating_point())
-        return Network(self.module, example, layers, spaces, norms, values, plans, unused, others)
-
-    def _norm(self, name: str) -> NormSpec:
-        nodes = self.norm_nodes[name]
-        source = nodes[0].all_input_nodes[0]
-        alone = len(nodes) == 1 and source.op == "call_module" and len(source.users) == 1
-        into = str(source.target) if alone and len(self.layer_nodes.get(str(source.target), ())) == 1 else None
-        order = list(self.module.graph.nodes)
-        later = [n for n in order[order.index(nodes[0]):] if n.op == "call_module" and n.target in self.layers]
-        return NormSpec(name, self.norm_channels[name], into, str(later[0].target) if later else list(self.layers)[-1])
 
 
 def _flat(value: Any) -> list[Value]:

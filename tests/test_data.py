@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ajpq.data import CIFAR10_CLASSES, ImageBatches, cifar10, digits, stratified_order
+from ajpq.cifar_files import CIFAR10_CLASSES
+from ajpq.data import ImageBatches, cifar10, digits, stratified_order
 from ajpq.errors import AjpqError
 
 MEAN, STD = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1), torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
