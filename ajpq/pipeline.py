@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,23 +15,25 @@ from torch import nn
 
 from ajpq import report as reporting
 from ajpq.checkpoint import load_weights, save_weights
-from ajpq.compression import compress
+from ajpq.compression import compress, freeze
 from ajpq.console import Screen
 from ajpq.data import Data
 from ajpq.errors import AjpqError
 from ajpq.files import write_text
 from ajpq.finetuning import finetune
-from ajpq.problem import Evaluation, Problem
+from ajpq.problem import Evaluation, Problem, reachable
 from ajpq.shipping import load, ship
+from ajpq.space import SearchSpace
 from ajpq.tracing import trace
-from ajpq.training import accuracy, fit, recalibrate
+from ajpq.training import accuracy, check_settings, fit, recalibrate
 
 
 def run(cfg: DictConfig, folder: Path) -> None:
     """Run one job; everything it writes goes to `folder`. The test split is read once, at the end.
 
     Writes original.safetensors (when trained here), evaluations.jsonl (a line per evaluation, at once), policy.json,
-    model.safetensors and report.json. An interrupt writes policy.json with the best policy so far and passes on.
+    model.safetensors and report.json. An interrupt keeps what there is (during the search policy.json with the best policy so
+    far, during fine-tuning the network as it is) and passes on.
     """
     screen = Screen()
     torch.manual_seed(cfg.seed)
@@ -39,7 +41,15 @@ def run(cfg: DictConfig, folder: Path) -> None:
         torch.set_num_threads(cfg.threads)
     parts = {name: instantiate(cfg[name], _convert_="all") for name in ("data", "model", "choices", "costs", "importance", "reward", "search")}
     data: Data = parts["data"]
-    model = _trained(cfg, parts["model"], data, screen, folder)
+    recipes = {name: instantiate(cfg[name], _convert_="all") for name in ("train", "finetune")}
+    for recipe in recipes.values():
+        check_settings(**recipe)
+    limits = _limits(cfg.budget)
+    if cfg.checkpoint is not None:
+        load_weights(parts["model"], cfg.checkpoint)
+    untrained = SearchSpace(trace(parts["model"], next(iter(data.calibration))[0]), parts["choices"], parts["importance"])
+    reachable(untrained, limits, parts["costs"])  # a budget that cannot be met is told before anything is spent
+    model = parts["model"].eval() if cfg.checkpoint is not None else _trained(parts["model"], recipes["train"], cfg.seed, data, screen, folder)
     with screen.stage("trace"):
         network = trace(model, next(iter(data.calibration))[0])
     screen.say(str(network))
@@ -47,7 +57,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
     record = folder / "evaluations.jsonl"
     backend, limit = parts["search"], getattr(parts["search"], "evaluations", None)
     with screen.stage("prepare"):
-        problem = Problem(network, data.calibration, _first(data.search, cfg.search_images), _limits(cfg.budget), choices=parts["choices"],
+        problem = Problem(network, data.calibration, _first(data.search, cfg.search_images), limits, choices=parts["choices"],
                           costs=parts["costs"], importance=parts["importance"], reward=parts["reward"], norm_batches=cfg.norm_batches)
     try:
         with screen.stage("search", limit or 1, "best -") as advance, record.open("a") as lines:
@@ -63,20 +73,24 @@ def run(cfg: DictConfig, folder: Path) -> None:
         if problem.best is not None:
             write_text(folder / "policy.json", problem.best.policy.to_json())
         raise
-    write_text(folder / "policy.json", result.policy.to_json())
-
-    searched = compress(network, result.policy, problem.calibration)
-    recalibrate(searched, problem_norms(data, cfg.norm_batches))
     student = compress(network, result.policy, problem.calibration)
-    settings = instantiate(cfg.finetune, _convert_="all")
+    settings = recipes["finetune"]
     teacher = model if settings.pop("distillation") else None
-    with screen.stage("fine-tune", settings["epochs"]) as advance:
-        final = finetune(student, data.train, teacher=teacher, seed=cfg.seed, **settings,
-                         on_epoch=lambda epoch, row: advance(epoch, f"loss {row['loss']:.4f} train accuracy {row['train_accuracy']:.4f}"))
+    try:
+        write_text(folder / "policy.json", result.policy.to_json())
+        with screen.stage("fine-tune", settings["epochs"]) as advance:
+            final = finetune(student, data.train, teacher=teacher, seed=cfg.seed, **settings, on_epoch=_epochs(advance))
+    except KeyboardInterrupt:
+        recalibrate(student, data.calibration)
+        ship(freeze(student), folder)
+        raise
     with screen.stage("ship"):
         path = ship(final, folder)
         loaded = load(path)
     with screen.stage("test"):
+        searched = compress(network, result.policy, problem.calibration)
+        if cfg.norm_batches:
+            recalibrate(searched, _first(data.calibration, batches=cfg.norm_batches))
         metrics = {name: accuracy(net, data.test) for name, net in (("original", model), ("searched", searched), ("final", loaded))}
 
     costs = reporting.costs_of(problem, result.policy)
@@ -92,17 +106,15 @@ def run(cfg: DictConfig, folder: Path) -> None:
     screen.say(f"written to {folder}")
 
 
-def _trained(cfg: DictConfig, model: nn.Module, data: Data, screen: Screen, folder: Path) -> nn.Module:
-    """The model with the checkpoint's weights, or trained here where there is none."""
-    if cfg.checkpoint is not None:
-        load_weights(model, cfg.checkpoint)
-        return model.eval()
-    settings = instantiate(cfg.train, _convert_="all")
-    with screen.stage("train", settings["epochs"]) as advance:
-        fit(model, data.train, seed=cfg.seed, **settings,
-            on_epoch=lambda epoch, row: advance(epoch, f"loss {row['loss']:.4f} train accuracy {row['train_accuracy']:.4f}"))
+def _trained(model: nn.Module, recipe: Mapping[str, Any], seed: int, data: Data, screen: Screen, folder: Path) -> nn.Module:
+    with screen.stage("train", recipe["epochs"]) as advance:
+        fit(model, data.train, seed=seed, **recipe, on_epoch=_epochs(advance))
     save_weights(model, folder / "original.safetensors")
     return model.eval()
+
+
+def _epochs(advance: Callable[[int, str], None]) -> Callable[[int, dict], None]:
+    return lambda epoch, row: advance(epoch, f"loss {row['loss']:.4f} train accuracy {row['train_accuracy']:.4f}")
 
 
 def _limits(budget: Mapping[str, Any]) -> dict[str, float]:
@@ -114,22 +126,17 @@ def _limits(budget: Mapping[str, Any]) -> dict[str, float]:
     return limits
 
 
-def _first(batches: Any, images: int | None) -> Any:
-    """The batches of the first `images` images (whole batches), all of them for None."""
-    if images is None:
-        return batches
+def _first(loader: Any, images: int | None = None, batches: int | None = None) -> Any:
+    """The first batches of a loader, until they hold `images` images or are `batches`; the loader itself for None."""
+    if images is None and batches is None:
+        return loader
     chosen, seen = [], 0
-    for batch in batches:
-        if seen >= images:
+    for batch in loader:
+        if seen >= (images or float("inf")) or len(chosen) >= (batches or float("inf")):
             break
         chosen.append(batch)
         seen += len(batch[0])
     return chosen
-
-
-def problem_norms(data: Data, batches: int) -> list:
-    """The calibration batches that batch-norms are re-estimated on before a policy is judged."""
-    return [batch for batch, _ in zip(data.calibration, range(batches), strict=False)]
 
 
 def _row(evaluation: Evaluation) -> dict[str, Any]:

@@ -69,6 +69,11 @@ def default_costs() -> dict[str, CostModel]:
     return {"size": Size(), "macs": MACs(), "bops": BOPs()}
 
 
+def reachable(space: SearchSpace, budget: Mapping[str, float], costs: Mapping[str, CostModel] | None = None) -> Budget:
+    """The budget over the default costs and `costs`. Raises AjpqError if no policy of this space can meet it."""
+    return Budget(space.network, {**default_costs(), **(costs or {})}, budget, space.cheapest())
+
+
 class Problem:
     """A network, the images to judge it on and the budget to meet.
 
@@ -89,7 +94,7 @@ class Problem:
                  on_evaluation: Callable[[Evaluation], None] | None = None) -> None:
         self.network = model if isinstance(model, Network) else trace(model, first_images(calibration))
         self.space = SearchSpace(self.network, choices, importance)
-        self.budget = Budget(self.network, {**default_costs(), **(costs or {})}, budget, self.space.cheapest())
+        self.budget = reachable(self.space, budget, costs)
         self.calibration = calibrate(self.network, calibration)
         self.choices, self.reward, self.on_evaluation = choices, reward, on_evaluation
         self._evaluate = evaluator or Evaluator(self.network, self.calibration, calibration, search, norm_batches)

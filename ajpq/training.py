@@ -67,6 +67,21 @@ def recalibrate(model: nn.Module, batches: Batches) -> None:
                 norm.momentum = momentum
 
 
+def check_settings(
+    *, epochs: int = 0, lr: float = 0.1, warmup: float = 0.1, temperature: float = 4.0, distill: float = 0.5,
+    clip_grad: float | None = None, **others,
+) -> None:  # fmt: skip
+    """Raise AjpqError where `fit` would not take these settings; for callers that want to know before they spend time."""
+    rules = {
+        "epochs >= 0": epochs >= 0, "0 < lr < inf": 0 < lr < math.inf, "0 <= warmup < 1": 0 <= warmup < 1,
+        "temperature > 0": temperature > 0, "0 <= distill <= 1": 0 <= distill <= 1, "clip_grad > 0": clip_grad is None or clip_grad > 0,
+    }  # fmt: skip
+    for rule, holds in rules.items():
+        if not holds:
+            settings = f"{epochs=}, {lr=}, {warmup=}, {temperature=}, {distill=}, {clip_grad=}"
+            raise AjpqError(f"`{rule}` must hold for training, but {settings}: change that setting.")
+
+
 def fit(
     model: nn.Module, batches: Batches, *, epochs: int, lr: float, momentum: float = 0.9, weight_decay: float = 5e-4,
     label_smoothing: float = 0.0, warmup: float = 0.1, teacher: nn.Module | None = None, temperature: float = 4.0,
@@ -84,15 +99,7 @@ def fit(
     interrupt passes through and leaves the model as the last step made it. Raises AjpqError for bad settings, for
     batches without images, and when the loss is not finite.
     """
-    rules = {
-        "epochs >= 0": epochs >= 0, "0 < lr < inf": 0 < lr < math.inf, "0 <= warmup < 1": 0 <= warmup < 1,
-        "temperature > 0": temperature > 0, "0 <= distill <= 1": 0 <= distill <= 1,
-        "clip_grad > 0": clip_grad is None or clip_grad > 0,
-    }  # fmt: skip
-    for rule, holds in rules.items():
-        if not holds:
-            settings = f"{epochs=}, {lr=}, {warmup=}, {temperature=}, {distill=}, {clip_grad=}"
-            raise AjpqError(f"`{rule}` must hold for training, but {settings}: change that setting.")
+    check_settings(epochs=epochs, lr=lr, warmup=warmup, temperature=temperature, distill=distill, clip_grad=clip_grad)
     if epochs == 0:
         return []
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]

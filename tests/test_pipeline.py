@@ -1,0 +1,186 @@
+"""The whole job, as a user runs it: through the command, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+from hydra.errors import HydraException
+
+import ajpq
+from ajpq import pipeline
+from ajpq.cost import Size, total
+from ajpq.data import digits
+from ajpq.errors import AjpqError
+from ajpq.explain import CONF, explain
+from ajpq.models import digits_cnn
+from ajpq.policy import CompressionPolicy
+from ajpq.shipping import load
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = ["train.epochs=6", "search.evaluations=12", "finetune.epochs=6", "threads=1", "hydra.run.dir=run"]
+
+
+def start(folder: Path, *overrides: str, **options) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-m", "ajpq", *overrides], cwd=folder, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def command(folder: Path, *overrides: str) -> tuple[int, str, str]:
+    process = start(folder, *overrides)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory) -> tuple[Path, dict, str]:
+    folder = tmp_path_factory.mktemp("job")
+    status, out, err = command(folder, *QUICK, "search.warmup=6")
+    assert status == 0, err
+    return folder / "run", json.loads((folder / "run/report.json").read_text()), out
+
+
+def test_report_has_what_is_promised_and_adds_up(job):
+    folder, report, out = job
+    assert set(report["metrics"]) == {"original", "searched", "final"}
+    assert set(report["bytes"]) == {"original", "claimed", "on_disk"}
+    for cost in report["costs"].values():
+        assert set(cost) == {"original", "final", "ratio", "unit"}
+        assert cost["ratio"] == pytest.approx(cost["final"] / cost["original"])
+    assert report["budget"] == {"size": 0.08, "macs": 0.6}
+    assert all(report["costs"][name]["ratio"] <= limit for name, limit in report["budget"].items())
+    assert report["bytes"]["on_disk"] == (folder / "model.safetensors").stat().st_size
+    assert report["bytes"]["on_disk"] <= report["bytes"]["claimed"]
+    assert report["evaluations"] == 12 == len((folder / "evaluations.jsonl").read_text().splitlines())
+    assert {"train", "search", "fine-tune", "ship", "test"} <= set(report["seconds"])
+    assert report["seed"] == 0 and torch.__version__.startswith(report["versions"]["torch"])
+    assert "accuracy after fine-tuning" in out and "best" in out and str(folder.name) in out
+
+
+def test_metrics_can_be_measured_again_from_the_files(job):
+    folder, report, _ = job
+    data, original = digits(seed=0), digits_cnn()
+    ajpq.load_weights(original, folder / "original.safetensors")
+    assert ajpq.accuracy(original, data.test) == report["metrics"]["original"]
+    assert ajpq.accuracy(load(folder), data.test) == report["metrics"]["final"] > report["metrics"]["searched"]
+    network = ajpq.trace(original, next(iter(data.calibration))[0])
+    policy = CompressionPolicy.from_json((folder / "policy.json").read_text())
+    policy.validate(network)
+    assert total(Size(), network, policy) / 8 == report["bytes"]["claimed"]
+    kept = [row["kept"] for row in report["layers"]]
+    assert kept == [int((policy.weight_bits[layer.name] > 0).sum()) for layer in network.layers]
+    shapes = [tuple(m.codes.shape)[0] for m in load(folder).modules() if hasattr(m, "codes")]
+    assert shapes == kept
+
+
+def test_the_same_seed_gives_the_same_policies_and_another_seed_others(job, tmp_path):
+    folder, _, _ = job
+    again = [command(tmp_path, *QUICK, "search.warmup=6", "finetune.epochs=0", f"seed={seed}", f"hydra.run.dir=run{seed}") for seed in (0, 1)]
+    assert [status for status, _, _ in again] == [0, 0]
+    read = [[json.loads(line)["policy"] for line in (path / "evaluations.jsonl").read_text().splitlines()]
+            for path in (folder, tmp_path / "run0", tmp_path / "run1")]
+    assert read[0] == read[1] != read[2]
+
+
+def test_a_policy_of_one_run_is_fine_tuned_by_another(job, tmp_path):
+    folder, report, _ = job
+    status, _, err = command(tmp_path, f"checkpoint={folder / 'original.safetensors'}", "search=policy", f"search.path={folder / 'policy.json'}",
+                             "finetune.epochs=1", "threads=1", "hydra.run.dir=run")
+    assert status == 0, err
+    found = json.loads((tmp_path / "run/report.json").read_text())
+    assert found["policy"] == report["policy"] and found["metrics"]["searched"] == report["metrics"]["searched"]
+
+
+@pytest.mark.parametrize("overrides, words", [
+    (["budget.size=0"], ["size", "0 < budget <= 1"]),
+    (["budget.size=1.5"], ["size", "1.5"]),
+    (["budget.size=0.001"], ["size=0.001", "smallest reachable"]),
+    (["budget.size=tiny"], ["budget.size", "'tiny'"]),
+    (["budget.size=null", "budget.macs=null"], ["budget", "empty"]),
+    (["+budget.joules=0.5"], ["joules", "size"]),
+    (["checkpoint=nowhere.pt"], ["nowhere.pt"]),
+    (["data=cifar10", "data.root=no_such_folder"], ["no_such_folder"]),
+    (["search=policy", "search.path=nowhere.json"], ["nowhere.json"]),
+    (["choices.weight_bits=[0,9]"], ["weight_bits", "9"]),
+    (["search.algorithm=PPO"], ["algorithm", "PPO"]),
+    (["train.epochs=-1"], ["epochs"]),
+    (["finetune.lr=0"], ["lr"]),
+    (["model=torchvision", "model.name=resnet18", "data=digits"], ["example input"]),
+])
+def test_bad_input_is_one_sentence_before_anything_is_written(overrides, words, tmp_path):
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises((AjpqError, HydraException)) as caught:
+        pipeline.run(hydra.compose("config", ["train.epochs=1", *overrides]), tmp_path)
+    sentence = explain(caught.value)
+    assert sentence and "\n" not in sentence and all(word in sentence for word in words), sentence
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_input_on_the_command_line_is_one_line_and_status_2(tmp_path):
+    status, _, err = command(tmp_path, "budget.size=0.001", "threads=1")
+    assert status == 2
+    assert len(err.strip().splitlines()) == 1 and err.startswith("ajpq: error: ") and "smallest reachable" in err
+    assert not list(tmp_path.iterdir())
+
+
+def _interrupt(folder: Path, ready, *overrides: str) -> tuple[int, str]:
+    process = start(folder, *overrides)
+    end = time.monotonic() + 120
+    while not ready() and time.monotonic() < end and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    return process.returncode, err
+
+
+def test_ctrl_c_during_the_search_keeps_the_best_policy(tmp_path):
+    record = tmp_path / "run/evaluations.jsonl"
+    status, err = _interrupt(tmp_path, lambda: record.exists() and len(record.read_text().splitlines()) >= 3, "train.epochs=1",
+                             "search=random", "search.evaluations=100000", "threads=1", "hydra.run.dir=run")
+    assert status == 130 and "interrupted" in err
+    rows = [json.loads(line) for line in record.read_text().splitlines()]
+    best = max(rows, key=lambda row: (row["reward"], -row["number"]))
+    assert CompressionPolicy.from_json((tmp_path / "run/policy.json").read_text()).digest() == best["policy"]
+    assert not (tmp_path / "run/model.safetensors").exists()
+
+
+def test_ctrl_c_during_fine_tuning_keeps_a_network(tmp_path):
+    status, err = _interrupt(tmp_path, (tmp_path / "run/policy.json").exists, "train.epochs=1", "search=uniform", "threads=1",
+                             "hydra.run.dir=run", "finetune.epochs=100000")
+    assert status == 130 and "interrupted" in err
+    assert load(tmp_path / "run")(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+
+
+FRESH = """
+import sys, torch
+torch.set_num_threads(1)
+import ajpq
+small = ajpq.load(sys.argv[1])
+x = torch.load(sys.argv[2], weights_only=True)
+torch.save(small(x), sys.argv[3])
+assert not {"hydra", "gymnasium", "stable_baselines3", "sklearn", "omegaconf"} & set(sys.modules), sys.modules.keys()
+"""
+
+
+def test_a_fresh_process_computes_the_same_bits(tmp_path):
+    torch.manual_seed(0)
+    data, model = digits(), digits_cnn()
+    ajpq.fit(model, data.train, epochs=1, lr=0.1)
+    problem = ajpq.Problem(model, data.calibration, data.search, {"size": 0.1})
+    student = ajpq.compress(problem.network, problem.space.cheapest(), problem.calibration)
+    final = ajpq.finetune(student, data.train, epochs=1, teacher=model)
+    ajpq.ship(final, tmp_path)
+    x = next(iter(data.test))[0]
+    torch.save(x, tmp_path / "x.pt")
+    subprocess.run([sys.executable, "-c", FRESH, tmp_path, tmp_path / "x.pt", tmp_path / "y.pt"], check=True, cwd=tmp_path,
+                   env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "y.pt", weights_only=True), final(x))
