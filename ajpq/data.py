@@ -23,6 +23,19 @@ Batches = Iterable[tuple[Tensor, Tensor]]  # images (N, C, H, W) float32, labels
 
 
 
+def take(batches: Batches, images: int | None) -> Batches:
+    """The first whole batches that together hold `images` images, kept in memory; `batches` itself for None."""
+    if images is None:
+        return batches
+    kept, seen = [], 0
+    for batch in batches:
+        if seen >= images:
+            break
+        kept.append(batch)
+        seen += len(batch[0])
+    return kept
+
+
 @dataclass(frozen=True)
 class Data:
     """The splits of one image classification task. Each can be iterated again and again; a torch DataLoader is one.

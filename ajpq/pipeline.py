@@ -17,7 +17,7 @@ from ajpq import report as reporting
 from ajpq.checkpoint import load_weights, save_weights
 from ajpq.compression import compress, freeze
 from ajpq.console import Screen
-from ajpq.data import Data
+from ajpq.data import Data, take
 from ajpq.errors import AjpqError
 from ajpq.files import write_text
 from ajpq.finetuning import finetune
@@ -57,8 +57,8 @@ def run(cfg: DictConfig, folder: Path) -> None:
     record = folder / "evaluations.jsonl"
     backend, limit = parts["search"], getattr(parts["search"], "evaluations", None)
     with screen.stage("prepare"):
-        problem = Problem(network, data.calibration, _first(data.search, cfg.search_images), limits, choices=parts["choices"],
-                          costs=parts["costs"], importance=parts["importance"], reward=parts["reward"], norm_batches=cfg.norm_batches)
+        problem = Problem(network, data.calibration, take(data.search, cfg.search_images), limits, choices=parts["choices"],
+                          costs=parts["costs"], importance=parts["importance"], reward=parts["reward"], norm_images=cfg.norm_images)
     try:
         with screen.stage("search", limit or 1, "best -") as advance, record.open("a") as lines:
             def log(evaluation: Evaluation) -> None:
@@ -89,8 +89,8 @@ def run(cfg: DictConfig, folder: Path) -> None:
         loaded = load(path)
     with screen.stage("test"):
         searched = compress(network, result.policy, problem.calibration)
-        if cfg.norm_batches:
-            recalibrate(searched, _first(data.calibration, batches=cfg.norm_batches))
+        if cfg.norm_images:
+            recalibrate(searched, take(data.calibration, cfg.norm_images))
         metrics = {name: accuracy(net, data.test) for name, net in (("original", model), ("searched", searched), ("final", loaded))}
 
     costs = reporting.costs_of(problem, result.policy)
@@ -124,19 +124,6 @@ def _limits(budget: Mapping[str, Any]) -> dict[str, float]:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise AjpqError(f"a budget must be a fraction in (0, 1] or null, but budget.{name} is {value!r}; write budget.{name}=0.1")
     return limits
-
-
-def _first(loader: Any, images: int | None = None, batches: int | None = None) -> Any:
-    """The first batches of a loader, until they hold `images` images or are `batches`; the loader itself for None."""
-    if images is None and batches is None:
-        return loader
-    chosen, seen = [], 0
-    for batch in loader:
-        if seen >= (images or float("inf")) or len(chosen) >= (batches or float("inf")):
-            break
-        chosen.append(batch)
-        seen += len(batch[0])
-    return chosen
 
 
 def _row(evaluation: Evaluation) -> dict[str, Any]:

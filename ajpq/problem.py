@@ -12,14 +12,17 @@ from torch import Tensor, nn
 from ajpq.budget import Budget
 from ajpq.calibration import calibrate
 from ajpq.cost import BOPs, CostModel, MACs, Size
+from ajpq.data import Batches, take
 from ajpq.draft import Draft
 from ajpq.errors import AjpqError
-from ajpq.evaluate import Batches, Evaluator
+from ajpq.evaluate import Evaluator
 from ajpq.importance import Importance, magnitude
 from ajpq.network import Network
 from ajpq.policy import CompressionPolicy
 from ajpq.space import Choices, SearchSpace
 from ajpq.tracing import trace
+
+CALIBRATION_IMAGES = 1000
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ class Problem:
     """A network, the images to judge it on and the budget to meet.
 
     model: the trained CNN (never modified), or a `Network` traced before
-    calibration: batches (x, y) of training images for activation ranges and batch-norm re-estimation
+    calibration: batches (x, y) of training images, of which the first 1,000 set activation ranges, and the first `norm_images`
+        re-estimate batch-norms before a policy is scored (0 = never)
     search: batches (x, y), split off training, that every policy is scored on; never the test split
     budget: cost name -> largest fraction of the uncompressed network's cost
     costs: cost name -> model, beside and instead of size, macs, bops
@@ -89,15 +93,16 @@ class Problem:
 
     def __init__(self, model: nn.Module | Network, calibration: Batches, search: Batches, budget: Mapping[str, float], *,
                  choices: Choices = Choices(), costs: Mapping[str, CostModel] | None = None, importance: Importance = magnitude,
-                 reward: Reward = accuracy_reward, norm_batches: int = 4,
+                 reward: Reward = accuracy_reward, norm_images: int = 400,
                  evaluator: Callable[[CompressionPolicy], float] | None = None,
                  on_evaluation: Callable[[Evaluation], None] | None = None) -> None:
+        calibration = take(calibration, CALIBRATION_IMAGES)
         self.network = model if isinstance(model, Network) else trace(model, first_images(calibration))
         self.space = SearchSpace(self.network, choices, importance)
         self.budget = reachable(self.space, budget, costs)
         self.calibration = calibrate(self.network, calibration)
         self.choices, self.reward, self.on_evaluation = choices, reward, on_evaluation
-        self._evaluate = evaluator or Evaluator(self.network, self.calibration, calibration, search, norm_batches)
+        self._evaluate = evaluator or Evaluator(self.network, self.calibration, calibration, search, norm_images)
         self.history: list[Evaluation] = []
         self._memo: dict[str, Score] = {}
         self._start = time.perf_counter()
