@@ -1,13 +1,18 @@
-"""Progress on the terminal: one bar per stage, with the best score so far."""
+"""Progress for people: on a terminal one bar per stage with the best score so far, elsewhere a line every tenth of a stage; and
+every step in the log file."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Advance = Callable[[int, str], None]  # (steps done, note)
+_log = logging.getLogger("ajpq")
 
 
 class Screen:
@@ -18,20 +23,37 @@ class Screen:
         self.seconds: dict[str, float] = {}
 
     def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        _log.info(text)
 
     @contextmanager
-    def stage(self, name: str, total: int | None = None, note: str = "") -> Iterator[Callable[[int, str], None]]:
-        """Time a stage. The value is `advance(done, note)`; with a `total` it moves a bar, else the stage shows nothing."""
+    def stage(self, name: str, total: int = 0) -> Iterator[Advance]:
+        """Time a stage; with a total, the value moves its bar."""
         start = time.perf_counter()
-        bar = Progress(TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-                       TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
         try:
-            if total is None:
-                yield lambda done, text="": None
+            if not total:
+                yield lambda done, note: None
+            elif self.console.is_terminal:
+                with self._bar() as bar:
+                    task = bar.add_task(name, total=total, note="")
+                    yield self._logged(name, total, lambda done, note: bar.update(task, completed=done, note=note))
             else:
-                with bar:
-                    task = bar.add_task(name, total=total, note=note)
-                    yield lambda done, text="": bar.update(task, completed=done, note=text)
+                yield self._logged(name, total, lambda done, note: self._line(name, total, done, note))
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def _bar(self) -> Progress:
+        return Progress(TextColumn("{task.description:<9}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+                        TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
+
+    def _line(self, name: str, total: int, done: int, note: str) -> None:
+        if done * 10 // total > (done - 1) * 10 // total:
+            self.console.print(f"{name} {done}/{total} {note}", highlight=False, markup=False, soft_wrap=True)
+
+    @staticmethod
+    def _logged(name: str, total: int, advance: Advance) -> Advance:
+        def step(done: int, note: str) -> None:
+            _log.info("%s %d/%d %s", name, done, total, note)
+            advance(done, note)
+
+        return step

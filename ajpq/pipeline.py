@@ -16,7 +16,7 @@ from torch import nn
 from ajpq import report as reporting
 from ajpq.checkpoint import load_weights, save_weights
 from ajpq.compression import compress, freeze
-from ajpq.console import Screen
+from ajpq.console import Advance, Screen
 from ajpq.data import Data, take
 from ajpq.errors import AjpqError
 from ajpq.files import write_text
@@ -60,7 +60,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
         problem = Problem(network, data.calibration, take(data.search, cfg.search_images), limits, choices=parts["choices"],
                           costs=parts["costs"], importance=parts["importance"], reward=parts["reward"], norm_images=cfg.norm_images)
     try:
-        with screen.stage("search", limit or 1, "best -") as advance, record.open("a") as lines:
+        with screen.stage("search", limit or 0) as advance, record.open("a") as lines:
             def log(evaluation: Evaluation) -> None:
                 lines.write(json.dumps(_row(evaluation)) + "\n")
                 lines.flush()
@@ -113,7 +113,7 @@ def _trained(model: nn.Module, recipe: Mapping[str, Any], seed: int, data: Data,
     return model.eval()
 
 
-def _epochs(advance: Callable[[int, str], None]) -> Callable[[int, dict], None]:
+def _epochs(advance: Advance) -> Callable[[int, dict], None]:
     return lambda epoch, row: advance(epoch, f"loss {row['loss']:.4f} train accuracy {row['train_accuracy']:.4f}")
 
 
