@@ -10,7 +10,9 @@ from ajpq.problem import Problem, SearchResult
 
 
 class Given:
-    """path: a policy.json. Raises AjpqError if it is not there, not a policy, not of this network or not within budget."""
+    """path: a policy.json. Raises AjpqError if it is not there, not a policy, not of this network or not within
+    budget.
+    """
 
     evaluations = 1
 
@@ -19,12 +21,21 @@ class Given:
         try:
             self.policy = CompressionPolicy.from_json(self.path.read_text())
         except (OSError, UnicodeDecodeError) as error:
-            raise AjpqError(f"a policy must be a readable file, but {self.path} is not ({error}); give the policy.json of a run") from error
+            raise AjpqError(
+                f"a policy must be a readable file, but {self.path} is not ({error}); give the policy.json of a run"
+            ) from error
 
     def search(self, problem: Problem) -> SearchResult:
         self.policy.validate(problem.network)
         score = problem.score(self.policy)
         if not score.within:
-            over = [f"{name} is {score.ratios[name]:.4f} of the original" for name, limit in problem.budget.limits.items() if score.ratios[name] > limit]
-            raise AjpqError(f"a given policy must be within budget, but its {', '.join(over)} (limits {problem.budget.limits}); raise the budget")
+            over = [
+                f"{name} is {score.ratios[name]:.4f} of the original"
+                for name, limit in problem.budget.limits.items()
+                if score.ratios[name] > limit
+            ]
+            raise AjpqError(
+                f"a given policy must be within budget, but its {', '.join(over)} (limits "
+                f"{problem.budget.limits}); raise the budget"
+            )
         return problem.result()

@@ -20,6 +20,8 @@ class RandomSearch:
                 break
             draft = problem.draft()
             while (decision := draft.decision) is not None:
-                draft.take(rng.uniform(*decision.options) if decision.kind == "sparsity" else int(rng.choice(decision.options)))
+                draft.take(
+                    rng.uniform(*decision.options) if decision.kind == "sparsity" else int(rng.choice(decision.options))
+                )
             problem.score(draft.policy())
         return problem.result()

@@ -9,7 +9,8 @@ from ajpq.problem import Problem, SearchResult
 
 
 class Uniform:
-    """For every width, the least sparsity (in steps of `step`, the same in every space) that meets all budgets; the best of them.
+    """For every width, the least sparsity (in steps of `step`, the same in every space) that meets all budgets; the
+    best of them.
 
     evaluations: at most so many policies are scored, the widest first.
     """
@@ -31,5 +32,8 @@ class Uniform:
                         break
         if not problem.evaluations:
             limits = ", ".join(f"{name}={limit:g}" for name, limit in problem.budget.limits.items())
-            raise AjpqError(f"a homogeneous policy must meet every budget, but none meets {limits}; use another search or a larger budget")
+            raise AjpqError(
+                f"a homogeneous policy must meet every budget, but none meets {limits}; use another search or "
+                "a larger budget"
+            )
         return problem.result()

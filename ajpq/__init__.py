@@ -1,11 +1,11 @@
 """ajpq: a trained CNN, data and a budget in; a physically smaller, mixed-precision network and the proof out.
 
-    network = ajpq.trace(model, images)               what can be pruned and what cannot, and why
-    problem = ajpq.Problem(model, calibration, search, {"size": 0.1})
-    result = agents.hierarchical.Hierarchical(evaluations=200).search(problem)
-    student = ajpq.compress(problem.network, result.policy, problem.calibration)
-    small = ajpq.finetune(student, train, epochs=20, teacher=model)
-    ajpq.ship(small, "folder"); ajpq.load("folder")
+network = ajpq.trace(model, images)               what can be pruned and what cannot, and why
+problem = ajpq.Problem(model, calibration, search, {"size": 0.1})
+result = agents.hierarchical.Hierarchical(evaluations=200).search(problem)
+student = ajpq.compress(problem.network, result.policy, problem.calibration)
+small = ajpq.finetune(student, train, epochs=20, teacher=model)
+ajpq.ship(small, "folder"); ajpq.load("folder")
 """
 
 from importlib import import_module
@@ -13,9 +13,11 @@ from typing import Any
 
 _HOME = {
     "AjpqError": "errors", "Network": "network", "trace": "tracing", "CompressionPolicy": "policy", "Choices": "space",
-    "Problem": "problem", "Score": "problem", "SearchResult": "problem", "calibrate": "calibration", "compress": "compression",
+    "Problem": "problem", "Score": "problem", "SearchResult": "problem", "calibrate": "calibration",
+    "compress": "compression",
     "freeze": "compression", "shrink": "surgery", "Size": "cost", "MACs": "cost", "BOPs": "cost", "UniqBOPs": "cost",
-    "finetune": "finetuning", "fit": "training", "accuracy": "training", "recalibrate": "training", "ship": "shipping", "load": "shipping",
+    "finetune": "finetuning", "fit": "training", "accuracy": "training", "recalibrate": "training",
+    "ship": "shipping", "load": "shipping",
     "load_weights": "checkpoint", "save_weights": "checkpoint",
 }  # fmt: skip
 __all__ = sorted(_HOME)

@@ -1,4 +1,6 @@
-"""The flat tensors of the packed file while they are written and read: bit streams, kernel widths, everything else in order."""
+"""The flat tensors of the packed file while they are written and read: bit streams, kernel widths, everything else in
+order.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,16 @@ from ajpq.quantize import FLOAT
 VERSION = 1
 LIMIT = 1 << 28  # bytes: nothing compressed in a file may grow past this
 _FLOAT_WIDTH = 9  # how 32 bits are written in four
-_TYPES = {"header": torch.uint8, "widths": torch.uint8, "codes": torch.uint8, "scale": torch.float16,
-          "bias": torch.float16, "affine": torch.float16, "raw": torch.float32, "other": torch.uint8}
+_TYPES = {
+    "header": torch.uint8,
+    "widths": torch.uint8,
+    "codes": torch.uint8,
+    "scale": torch.float16,
+    "bias": torch.float16,
+    "affine": torch.float16,
+    "raw": torch.float32,
+    "other": torch.uint8,
+}
 _BITS_OF = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float64: torch.int64}
 
 
@@ -61,8 +71,10 @@ def _inflate(data: Tensor) -> bytes:
     stream = zlib.decompressobj()
     plain = stream.decompress(data.numpy().tobytes(), LIMIT)
     if not stream.eof or stream.unused_data:
-        raise AjpqError(f"compressed parts of a packed network must be whole and at most {LIMIT} bytes, but one is "
-                        "not; ship it again")
+        raise AjpqError(
+            f"compressed parts of a packed network must be whole and at most {LIMIT} bytes, but one is "
+            "not; ship it again"
+        )
     return plain
 
 
@@ -112,8 +124,10 @@ class Reader:
     def __init__(self, parts: Mapping[str, Tensor]) -> None:
         for part, values in parts.items():
             if _TYPES.get(part) != values.dtype or values.ndim != 1:
-                raise AjpqError(f"a packed network consists of flat {', '.join(_TYPES)}, but it has {part!r}, a "
-                                f"{values.dtype} tensor of shape {tuple(values.shape)}; ship it again")
+                raise AjpqError(
+                    f"a packed network consists of flat {', '.join(_TYPES)}, but it has {part!r}, a "
+                    f"{values.dtype} tensor of shape {tuple(values.shape)}; ship it again"
+                )
         self.header = read_json(parts)
         self.parts = {part: parts.get(part, torch.empty(0, dtype=dtype)) for part, dtype in _TYPES.items()}
         halves = self.parts["widths"].numpy()
@@ -152,8 +166,10 @@ class Reader:
         ends |= {"header": 0, "other": len(self.other), "codes": 8 * len(self.codes)}
         for part, end in ends.items():
             if not 0 <= end - self.at[part] <= {"codes": 7, "widths": 1}.get(part, 0):
-                raise AjpqError(f"a packed network must hold exactly what its header lists, but of its {part} "
-                                f"{self.at[part]} of {end} are used; ship it again")
+                raise AjpqError(
+                    f"a packed network must hold exactly what its header lists, but of its {part} "
+                    f"{self.at[part]} of {end} are used; ship it again"
+                )
 
 
 def read_json(parts: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -164,9 +180,12 @@ def read_json(parts: Mapping[str, Tensor]) -> dict[str, Any]:
             raise
         header = None
     if not (isinstance(header, dict) and header.get("format") == "ajpq" and isinstance(header.get("version"), int)):
-        raise AjpqError("a packed network must have a header that says ajpq, but this has none; give one that ajpq "
-                        "shipped")
+        raise AjpqError(
+            "a packed network must have a header that says ajpq, but this has none; give one that ajpq shipped"
+        )
     if header["version"] > VERSION:
-        raise AjpqError(f"a packed network must have format version {VERSION} or older, but this has "
-                        f"{header['version']}; update ajpq")
+        raise AjpqError(
+            f"a packed network must have format version {VERSION} or older, but this has "
+            f"{header['version']}; update ajpq"
+        )
     return header

@@ -20,24 +20,50 @@ class Budget:
     Raises AjpqError for an unknown name, a fraction out of range, or a limit that even `cheapest` exceeds.
     """
 
-    def __init__(self, network: Network, costs: Mapping[str, CostModel], limits: Mapping[str, float], cheapest: CompressionPolicy) -> None:
-        self.network, self.costs, self.limits = network, dict(costs), {name: float(value) for name, value in limits.items()}
+    def __init__(
+        self, network: Network, costs: Mapping[str, CostModel], limits: Mapping[str, float], cheapest: CompressionPolicy
+    ) -> None:
+        self.network, self.costs, self.limits = (
+            network,
+            dict(costs),
+            {name: float(value) for name, value in limits.items()},
+        )
         if not self.limits:
-            raise AjpqError(f"a budget must limit at least one cost, but it is empty; set one of {', '.join(self.costs)}, e.g. size=0.1")
+            raise AjpqError(
+                f"a budget must limit at least one cost, but it is empty; set one of {', '.join(self.costs)}, "
+                "e.g. size=0.1"
+            )
         for name, limit in self.limits.items():
             if name not in self.costs:
-                raise AjpqError(f"a budget must name a cost, but {name!r} is none of {', '.join(self.costs)}; rename it or add the cost model")
+                raise AjpqError(
+                    f"a budget must name a cost, but {name!r} is none of {', '.join(self.costs)}; rename it or "
+                    "add the cost model"
+                )
             if not 0 < limit <= 1:
-                raise AjpqError(f"0 < budget <= 1 must hold (a fraction of the uncompressed network), but {name} has {limit:g}; write 0.1 for 10 %")
-        self.original = {name: total(cost, network, CompressionPolicy.homogeneous(network)) for name, cost in self.costs.items()}
+                raise AjpqError(
+                    f"0 < budget <= 1 must hold (a fraction of the uncompressed network), but {name} has "
+                    f"{limit:g}; write 0.1 for 10 %"
+                )
+        self.original = {
+            name: total(cost, network, CompressionPolicy.homogeneous(network)) for name, cost in self.costs.items()
+        }
         if empty := [name for name, value in self.original.items() if not value > 0 or not np.isfinite(value)]:
-            raise AjpqError(f"the uncompressed network must have a cost above 0, but {empty[0]!r} gives {self.original[empty[0]]:g}; "
-                            "check the cost model")
+            raise AjpqError(
+                f"the uncompressed network must have a cost above 0, but {empty[0]!r} gives "
+                f"{self.original[empty[0]]:g}; "
+                "check the cost model"
+            )
         floor = self.ratios(cheapest)
-        out = [f"{name}={limit:g} (smallest reachable {np.ceil(floor[name] * 1e4) / 1e4:.4f})" for name, limit in self.limits.items() if floor[name] > limit]
+        out = [
+            f"{name}={limit:g} (smallest reachable {np.ceil(floor[name] * 1e4) / 1e4:.4f})"
+            for name, limit in self.limits.items()
+            if floor[name] > limit
+        ]
         if out:
-            raise AjpqError(f"a budget must be reachable, but with these bit-widths and this sparsity {', '.join(out)} is not; "
-                            "raise it, allow fewer bits, or allow more sparsity")
+            raise AjpqError(
+                f"a budget must be reachable, but with these bit-widths and this sparsity {', '.join(out)} is not; "
+                "raise it, allow fewer bits, or allow more sparsity"
+            )
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -79,11 +79,16 @@ def calibrate(network: Network, batches: Iterable[tuple[Tensor, Tensor]]) -> Cal
         if counting:
             for name, high in recorder.high.items():
                 if not np.isfinite(high) or not np.isfinite(recorder.low[name]):
-                    raise AjpqError(f"activations must be finite, but the input of {name!r} is not; check the data and the weights")
+                    raise AjpqError(
+                        f"activations must be finite, but the input of {name!r} is not; check the data and the weights"
+                    )
                 recorder.high[name] = max(high, recorder.low[name] + 1e-6)
         for x, *_ in batches:
             images += len(x)
             recorder.run(x)
     if not images:
         raise AjpqError("calibration needs at least one image, but the loader gave 0; pass training images")
-    return {name: InputRange(recorder.low[name], recorder.high[name], recorder.counts[name].cpu().numpy()) for name in recorder.low}
+    return {
+        name: InputRange(recorder.low[name], recorder.high[name], recorder.counts[name].cpu().numpy())
+        for name in recorder.low
+    }

@@ -88,4 +88,6 @@ class Value:
         if self.cells is None:
             return self.ids
         axis = self.axis
-        return None if axis is None else np.moveaxis(self.cells, axis - 1, 0).reshape(self.cells.shape[axis - 1], -1)[:, 0]
+        return (
+            None if axis is None else np.moveaxis(self.cells, axis - 1, 0).reshape(self.cells.shape[axis - 1], -1)[:, 0]
+        )

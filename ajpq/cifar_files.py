@@ -1,4 +1,6 @@
-"""CIFAR-10 on disk: the official Python batches, read without running their pickles, or a folder of images per class."""
+"""CIFAR-10 on disk: the official Python batches, read without running their pickles, or a folder of images per
+class.
+"""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ _HALF_MAX = torch.finfo(torch.float16).max
 def compress(network: Network, policy: CompressionPolicy, calibration: Calibration | None = None) -> fx.GraphModule:
     """The network without its pruned channels, every other kernel quantized to its width; in eval mode, trainable.
 
-    Layers whose kernels and input all have 32 bits stay plain Conv2d or Linear. `calibration` gives the activation steps
-    and may be None only where all act_bits are 32. Raises AjpqError if the policy does not fit the network.
+    Layers whose kernels and input all have 32 bits stay plain Conv2d or Linear. `calibration` gives the activation
+    steps and may be None only where all act_bits are 32. Raises AjpqError if the policy does not fit the network.
     """
     policy.validate(network)
     alive = policy.alive(network)
@@ -34,15 +34,19 @@ def compress(network: Network, policy: CompressionPolicy, calibration: Calibrati
         if act_bits == FLOAT and (bits == FLOAT).all():
             continue
         if act_bits != FLOAT and (calibration is None or layer.name not in calibration):
-            raise AjpqError(f"quantized activations need a calibration, but {layer.name!r} has act_bits {act_bits} and no range; "
-                            "pass calibrate(network, batches)")
+            raise AjpqError(
+                f"quantized activations need a calibration, but {layer.name!r} has act_bits {act_bits} and no range; "
+                "pass calibrate(network, batches)"
+            )
         if act_bits == FLOAT:
             act = ActQuant(FLOAT, True, torch.ones(()), learned=True)
         else:
             seen = calibration[layer.name]
             act = ActQuant(act_bits, seen.signed, torch.tensor(seen.step(act_bits)), learned=True)
         plain = small.get_submodule(layer.name)
-        small.set_submodule(layer.name, QuantLayer(plain.weight, plain.bias, torch.from_numpy(bits), Geometry.of(plain), act))
+        small.set_submodule(
+            layer.name, QuantLayer(plain.weight, plain.bias, torch.from_numpy(bits), Geometry.of(plain), act)
+        )
     return small.eval()
 
 
@@ -64,7 +68,11 @@ def freeze(student: fx.GraphModule) -> fx.GraphModule:
             gain, shift = _affine(module)
             source = node.args[0]
             layer = old.get_submodule(source.target) if source.op == "call_module" else None
-            if isinstance(layer, _LAYERS) and len(source.users) == 1 and calls[source.target] == calls[node.target] == 1:
+            if (
+                isinstance(layer, _LAYERS)
+                and len(source.users) == 1
+                and calls[source.target] == calls[node.target] == 1
+            ):
                 old.set_submodule(source.target, _frozen(layer, gain, shift))
                 _bypass(old.graph, node, source)
             else:
@@ -100,10 +108,13 @@ def _frozen(layer: nn.Module, gain: Tensor | None, shift: Tensor | None) -> Froz
     """Codes of the layer's weights; gain and shift (c_out,) of a norm behind it multiplied into scales and bias."""
     weight, bias = layer.weight, layer.bias
     if isinstance(layer, QuantLayer):
-        bits, scale, geometry = layer.bits, layer.scale, layer.geometry
+        bits, scale, geometry = layer.bits, quantize.usable(layer.scale), layer.geometry
         act = ActQuant(layer.act.bits, layer.act.signed, layer.act.scale, learned=False)
     else:
-        bits, scale = torch.full((len(weight),), FLOAT, dtype=torch.uint8, device=weight.device), torch.ones_like(weight[:, 0].reshape(len(weight), -1)[:, 0])
+        bits, scale = (
+            torch.full((len(weight),), FLOAT, dtype=torch.uint8, device=weight.device),
+            torch.ones_like(weight[:, 0].reshape(len(weight), -1)[:, 0]),
+        )
         geometry, act = Geometry.of(layer), ActQuant(FLOAT, True, torch.ones(()), learned=False)
     codes = quantize.encode(weight, bits, scale)
     raw = weight[bits == FLOAT]

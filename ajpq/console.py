@@ -1,5 +1,5 @@
-"""Progress for people: on a terminal one bar per stage with the best score so far, elsewhere a line every tenth of a stage; and
-every step in the log file."""
+"""Progress for people: on a terminal one bar per stage with the best score so far, elsewhere a line every tenth of a
+stage; and every step in the log file."""
 
 from __future__ import annotations
 
@@ -43,8 +43,15 @@ class Screen:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def _bar(self) -> Progress:
-        return Progress(TextColumn("{task.description:<9}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-                        TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
+        return Progress(
+            TextColumn("{task.description:<9}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
 
     def _line(self, name: str, total: int, done: int, note: str) -> None:
         if done * 10 // total > (done - 1) * 10 // total:

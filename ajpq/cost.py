@@ -1,5 +1,5 @@
-"""What a policy costs. A cost model sees `Load`s, layers with all coupling resolved, and answers per layer, in tensors: the
-same model gives a number to a search and a gradient to a differentiable one."""
+"""What a policy costs. A cost model sees `Load`s, layers with all coupling resolved, and answers per layer, in
+tensors: the same model gives a number to a search and a gradient to a differentiable one."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ class Load:
 
 
 class CostModel(Protocol):
-    """`cost(loads)` -> (n_layers,) per image; the total is the sum. Entry i may depend on loads[i] only, and must not fall when
+    """`cost(loads)` -> (n_layers,) per image; the total is the sum. Entry i may depend on loads[i] only, and must not
+    fall when
     a width or a number of channels grows: budgets are kept reachable by this rule."""
 
     unit: str
@@ -51,9 +52,10 @@ def _stack(values: list[Tensor]) -> Tensor:
 
 
 class Size:
-    """Bits of the packed file, header included: for a surviving kernel of b <= 8 bits and n weights ``b n + 16 (scale) + 16 (bias,
-    if the layer has one) + 4 (its width)``, for one of 32 bits ``32 n + 32 (bias) + 4``; 32 per channel of a batch-norm that
-    cannot be folded and per other parameter; for the header (graph and geometry) 48 bytes per layer and 512 bytes once."""
+    """Bits of the packed file, header included: for a surviving kernel of b <= 8 bits and n weights ``b n + 16 (scale)
+    + 16 (bias, if the layer has one) + 4 (its width)``, for one of 32 bits ``32 n + 32 (bias) + 4``; 32 per channel of
+    a batch-norm that cannot be folded and per other parameter; for the header (graph and geometry) 48 bytes per layer
+    and 512 bytes once."""
 
     unit = "bit"
     header_per_layer, header_once = 48 * 8, 512 * 8
@@ -78,7 +80,9 @@ class MACs:
 
 
 class BOPs:
-    """Bit operations, the plain rule: every multiply-accumulate counts weight bits x activation bits (32 x 32 for float)."""
+    """Bit operations, the plain rule: every multiply-accumulate counts weight bits x activation bits (32 x 32 for
+    float).
+    """
 
     unit = "BOP"
 
@@ -87,10 +91,11 @@ class BOPs:
 
 
 class UniqBOPs:
-    """Bit operations as Zur et al. (arXiv 1904.09872) count them in their code, after UNIQ (Baskin et al., arXiv 1804.10969).
+    """Bit operations as Zur et al. (arXiv 1904.09872) count them in their code, after UNIQ (Baskin et al., arXiv
+    1804.10969).
 
-    Per kernel: ``mults (b_w - 1) b_a + adds ceil(log2(n (2^b_a - 1) (2^(b_w - 1) - 1)))`` with n weights, P output pixels,
-    ``mults = P n``, ``adds = P (n - 1)``. A 1-bit weight has magnitude 1, so its last factor is taken as 1.
+    Per kernel: ``mults (b_w - 1) b_a + adds ceil(log2(n (2^b_a - 1) (2^(b_w - 1) - 1)))`` with n weights, P output
+    pixels, ``mults = P n``, ``adds = P (n - 1)``. A 1-bit weight has magnitude 1, so its last factor is taken as 1.
     """
 
     unit = "BOP"
@@ -108,8 +113,14 @@ class UniqBOPs:
 
 
 def side_words(network: Network, alive: np.ndarray, layer: LayerSpec) -> int:
-    """32-bit words stored beside a layer: norms that cannot be folded, and with the first layer all other parameters."""
-    norms = sum(int(alive[norm.channels].sum()) for norm in network.norms if norm.folds_into is None and norm.charged_to == layer.name)
+    """32-bit words stored beside a layer: norms that cannot be folded, and with the first layer all other
+    parameters.
+    """
+    norms = sum(
+        int(alive[norm.channels].sum())
+        for norm in network.norms
+        if norm.folds_into is None and norm.charged_to == layer.name
+    )
     return norms + (network.other_parameters if layer is network.layers[0] else 0)
 
 
@@ -117,15 +128,24 @@ def load_of(network: Network, layer: LayerSpec, weight_bits: np.ndarray, act_bit
     """The load of one layer; weight_bits (c_out,), alive (n_channels,)."""
     bits = torch.as_tensor(weight_bits, dtype=torch.float64)
     inputs = 1 if layer.kind == "depthwise" else int(alive[layer.inputs_of_a_kernel].sum())
-    return Load(layer, torch.tensor(float(inputs), dtype=torch.float64), (bits > 0).double(), bits,
-                torch.tensor(float(act_bits), dtype=torch.float64), torch.tensor(float(side_words(network, alive, layer)), dtype=torch.float64),
-                layer is network.layers[0])
+    return Load(
+        layer,
+        torch.tensor(float(inputs), dtype=torch.float64),
+        (bits > 0).double(),
+        bits,
+        torch.tensor(float(act_bits), dtype=torch.float64),
+        torch.tensor(float(side_words(network, alive, layer)), dtype=torch.float64),
+        layer is network.layers[0],
+    )
 
 
 def loads_of(network: Network, policy: CompressionPolicy) -> tuple[Load, ...]:
     """Every layer's load under a policy, in execution order."""
     alive = policy.alive(network)
-    return tuple(load_of(network, layer, policy.weight_bits[layer.name], policy.act_bits[layer.name], alive) for layer in network.layers)
+    return tuple(
+        load_of(network, layer, policy.weight_bits[layer.name], policy.act_bits[layer.name], alive)
+        for layer in network.layers
+    )
 
 
 def total(cost: CostModel, network: Network, policy: CompressionPolicy) -> float:

@@ -22,7 +22,6 @@ from ajpq.errors import AjpqError
 Batches = Iterable[tuple[Tensor, Tensor]]  # images (N, C, H, W) float32, labels (N,) int64
 
 
-
 def take(batches: Batches, images: int | None) -> Batches:
     """The first whole batches that together hold `images` images, kept in memory; `batches` itself for None."""
     if images is None:
@@ -41,7 +40,7 @@ class Data:
     """The splits of one image classification task. Each can be iterated again and again; a torch DataLoader is one.
 
     train: shuffled and augmented, in a new order every epoch. search, test: fixed order, no augmentation, disjoint from
-    the images of train. calibration: training images in fixed order, no augmentation. classes: their names, index =
+        the images of train. calibration: training images in fixed order, no augmentation. classes: their names, index =
     label.
     """
 
@@ -56,7 +55,8 @@ class ImageBatches:
     """Batches of normalised float32 images made from uint8 images in memory.
 
     images: uint8 (N, C, H, W). labels: int64 (N,). mean, std: per channel, in units of pixel / `scale`. shuffle: the
-    seed of the order and of the augmentation, both drawn anew every epoch; None = fixed order, all images. A shuffled
+        seed of the order and of the augmentation, both drawn anew every epoch; None = fixed order, all images. A
+        shuffled
     epoch of more than one batch drops its incomplete last one. pad: random shifts of up to `pad` pixels, black coming
     in. flip: left-right at random.
     """
@@ -124,7 +124,8 @@ def digits(
     """scikit-learn's bundled handwritten digits: 1,797 real images (1, 8, 8), ten classes, no download.
 
     train, search: fractions of all images; the rest is the test split. Training images are shifted by up to one pixel;
-    up to 256 of them, unshifted, are the calibration split. Raises AjpqError for fractions that leave a split empty.
+        up to 256 of them, unshifted, are the calibration split. Raises AjpqError for fractions that leave a split
+        empty.
     """
     from sklearn.datasets import load_digits
 
@@ -160,7 +161,8 @@ def cifar10(
     """CIFAR-10 (Krizhevsky 2009), images (3, 32, 32), from a folder on disk.
 
     root: `cifar-10-batches-py` (data_batch_1..5, test_batch), or an image folder `{train,test}/<class>/*.jpg|png`, or
-    the folder that contains one of these. search_images: carved off the training part, stratified. calibration_images:
+        the folder that contains one of these. search_images: carved off the training part, stratified.
+        calibration_images:
     at most so many training images. limit: at most so many images in each split, stratified, for quick runs. Training
     images are shifted by up to four pixels and flipped at random. Raises AjpqError for a missing or empty folder,
     classes without images or that differ, and unreadable images.

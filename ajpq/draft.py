@@ -1,5 +1,6 @@
-"""A policy in the making. It asks its questions layer by layer and offers, for each, only answers from which every budget can
-still be reached; so any sequence of answers ends in a valid policy within budget, and none is edited afterwards."""
+"""A policy in the making. It asks its questions layer by layer and offers, for each, only answers from which every
+budget can still be reached; so any sequence of answers ends in a valid policy within budget, and none is edited
+afterwards."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from ajpq.space import SearchSpace
 
 @dataclass(frozen=True, eq=False)
 class Decision:
-    """One question. kind "sparsity": a number in [options[0], options[-1]]; "act" or "width": one of `options`, ascending.
+    """One question. kind "sparsity": a number in [options[0], options[-1]]; "act" or "width": one of `options`,
+    ascending.
 
     kernels: for "width", the kernels of the layer that get it; block, blocks: which block of how many this is.
     menu: the options before budgets were looked at (a sparsity's bounds; all allowed widths).
@@ -32,8 +34,9 @@ class Decision:
 
 
 class Draft:
-    """Walks the layers in execution order. For each: the sparsity of the spaces that it is the first to write, the width of its
-    input, the width of every block of its surviving kernels. What is not decided yet counts as cheap as it can become.
+    """Walks the layers in execution order. For each: the sparsity of the spaces that it is the first to write, the
+    width of its input, the width of every block of its surviving kernels. What is not decided yet counts as cheap as
+    it can become.
 
         draft = Draft(space, budget)
         while (decision := draft.decision) is not None:
@@ -48,8 +51,12 @@ class Draft:
         self._weight = {name: bits.copy() for name, bits in cheapest.weight_bits.items()}
         self._act = dict(cheapest.act_bits)
         self.sparsity: dict[int, float] = {}  # decided spaces
-        self.costs = np.array([budget.layer_costs(layer, self._weight[layer.name], self._act[layer.name], self.alive)
-                               for layer in network.layers])  # (n_layers, n limits): the least each layer can still cost
+        self.costs = np.array(
+            [
+                budget.layer_costs(layer, self._weight[layer.name], self._act[layer.name], self.alive)
+                for layer in network.layers
+            ]
+        )  # (n_layers, n limits): the least each layer can still cost
         self.last_width = 8  # of the block decided last
         self._queue = self._questions()
         self.decision: Decision | None = next(self._queue, None)
@@ -72,8 +79,11 @@ class Draft:
         assert decision is not None, "the draft is complete"
         options, low_high = decision.options, decision.kind == "sparsity"
         if not (options[0] - 1e-9 <= answer <= options[-1] + 1e-9 if low_high else answer in options):
-            raise AjpqError(f"the {decision.kind} of {decision.layer.name!r} must be {'within' if low_high else 'one of'} {options}, "
-                            f"but it is {answer}; other values break a budget")
+            raise AjpqError(
+                f"the {decision.kind} of {decision.layer.name!r} must be {'within' if low_high else 'one of'} "
+                f"{options}, "
+                f"but it is {answer}; other values break a budget"
+            )
         getattr(self, f"_take_{decision.kind}")(decision, answer)
         self.decision = next(self._queue, None)
 
@@ -91,19 +101,31 @@ class Draft:
                 top = space.choices.max_sparsity
                 yield Decision("sparsity", layer, (self._least_sparsity(fresh), top), (0.0, top))
             if len(acts := space.acts(layer)) > 1:
-                yield Decision("act", layer, self._affordable(layer, acts, lambda b, layer=layer: (self._weight[layer.name], b)), acts)
+                yield Decision(
+                    "act",
+                    layer,
+                    self._affordable(layer, acts, lambda b, layer=layer: (self._weight[layer.name], b)),
+                    acts,
+                )
             widths = space.widths(layer)
             if len(widths) > 1:
                 blocks = space.blocks(layer, self.alive)
                 for i, kernels in enumerate(blocks):
-                    options = self._affordable(layer, widths, lambda b, layer=layer, k=kernels: (self._with(layer, k, b), self._act[layer.name]))
+                    options = self._affordable(
+                        layer,
+                        widths,
+                        lambda b, layer=layer, k=kernels: (self._with(layer, k, b), self._act[layer.name]),
+                    )
                     yield Decision("width", layer, options, widths, kernels, i, len(blocks))
 
     def _fresh_spaces(self, layer: LayerSpec) -> list[int]:
         """Prunable spaces that this layer is the first to write."""
         network = self.space.network
-        return [s for s in dict.fromkeys(network.space_of[layer.writes].tolist())
-                if s not in self.sparsity and len(self.space.prune_order[s])]
+        return [
+            s
+            for s in dict.fromkeys(network.space_of[layer.writes].tolist())
+            if s not in self.sparsity and len(self.space.prune_order[s])
+        ]
 
     def _affordable(self, layer: LayerSpec, options: tuple[int, ...], state) -> tuple[int, ...]:
         """The options, cheapest first, up to the dearest that leaves every budget reachable."""
@@ -151,7 +173,9 @@ class Draft:
         for i, layer in enumerate(network.layers):
             if layer.name in touched:
                 old = self._weight[layer.name]
-                weights[layer.name] = np.where(alive[layer.writes], np.where(old > 0, old, self.space.widths(layer)[0]), 0).astype(np.uint8)
+                weights[layer.name] = np.where(
+                    alive[layer.writes], np.where(old > 0, old, self.space.widths(layer)[0]), 0
+                ).astype(np.uint8)
                 costs[i] = self.budget.layer_costs(layer, weights[layer.name], self._act[layer.name], alive)
         return alive, weights, costs
 

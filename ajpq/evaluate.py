@@ -1,4 +1,6 @@
-"""How good a policy is: build the very network that would be fine-tuned and shipped, re-estimate its batch-norms, measure it."""
+"""How good a policy is: build the very network that would be fine-tuned and shipped, re-estimate its batch-norms,
+measure it.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,14 @@ class Evaluator:
     (0 = never). The smaller network is what runs, so a candidate costs what its multiply-accumulates cost.
     """
 
-    def __init__(self, network: Network, calibration: Calibration, calibration_data: Batches, search_data: Batches,
-                 norm_images: int = 400) -> None:
+    def __init__(
+        self,
+        network: Network,
+        calibration: Calibration,
+        calibration_data: Batches,
+        search_data: Batches,
+        norm_images: int = 400,
+    ) -> None:
         self.network, self.calibration, self.search_data = network, calibration, search_data
         self.norm_data = take(calibration_data, norm_images)
 

@@ -30,10 +30,13 @@ _REFUSED = frozenset(
     "apply_ map_ map2_ set_ resize_ resize_as_ resize_as_sparse_ sparse_resize_ sparse_resize_and_clear_ "
     "share_memory_ pin_memory record_stream register_hook register_post_accumulate_grad_hook storage storage_type "
     "untyped_storage data_ptr const_data_ptr module_load as_subclass backward numpy cuda xpu ipu hpu mtia to_mkldnn "
-    "reinforce new is_shared"
-.split())
-METHODS = frozenset(name for name in dir(Tensor)
-                    if not name.startswith("_") and callable(getattr(Tensor, name)) and name not in _REFUSED)
+    "reinforce new is_shared".split()
+)
+METHODS = frozenset(
+    name
+    for name in dir(Tensor)
+    if not name.startswith("_") and callable(getattr(Tensor, name)) and name not in _REFUSED
+)
 _TORCH = (
     "adaptive_avg_pool1d adaptive_max_pool1d arange atleast_1d atleast_2d atleast_3d avg_pool1d batch_norm bilinear "
     "block_diag broadcast_shapes broadcast_tensors bucketize cartesian_prod cat cdist celu celu_ channel_shuffle "
@@ -63,8 +66,12 @@ def _functions() -> dict[str, Callable[..., Any]]:
         if callable(found) and not isinstance(found, type):
             table[f"torch.{name}"] = found
     for name, found in vars(F).items():
-        if (inspect.isroutine(found) and not name.startswith("_") and name not in _REFUSED | {"assert_int_or_pair"}
-                and found.__module__ in ("torch", "torch.nn.functional", "torch._C._nn")):
+        if (
+            inspect.isroutine(found)
+            and not name.startswith("_")
+            and name not in _REFUSED | {"assert_int_or_pair"}
+            and found.__module__ in ("torch", "torch.nn.functional", "torch._C._nn")
+        ):
             table[f"torch.nn.functional.{name}"] = found
     table |= {f"operator.{name}": getattr(operator, name) for name in _OPERATOR}
     return table | {f"math.{name}": f for name, f in vars(math).items() if callable(f) and not name.startswith("_")}
@@ -103,8 +110,10 @@ def encode(value: Any, distance: Callable[[fx.Node], int]) -> Any:
             return ["device"]
     if value is ...:
         return ["ellipsis"]
-    raise AjpqError("an argument in a shipped network must be a number, string, slice, dtype or a tuple, list or dict "
-                    f"of these, but one is a {name_of(type(value))}; keep it out of forward or make it a buffer")
+    raise AjpqError(
+        "an argument in a shipped network must be a number, string, slice, dtype or a tuple, list or dict "
+        f"of these, but one is a {name_of(type(value))}; keep it out of forward or make it a buffer"
+    )
 
 
 def decode(value: Any, node: Callable[[int], fx.Node]) -> Any:
@@ -141,8 +150,9 @@ def _word(kind: str, word: Any) -> str:
     plain = isinstance(word, str) and word.isascii() and word.isidentifier() and not word.startswith("__")
     if plain and not keyword.iskeyword(word):
         return word
-    raise AjpqError(f"{kind} in a shipped network must be a plain Python identifier, but one is {str(word)[:80]!r}; "
-                    "rename it")
+    raise AjpqError(
+        f"{kind} in a shipped network must be a plain Python identifier, but one is {str(word)[:80]!r}; rename it"
+    )
 
 
 def _target(op: str, target: Any, args: tuple) -> Any:
@@ -152,23 +162,31 @@ def _target(op: str, target: Any, args: tuple) -> Any:
     if op == "call_method":
         if _word("a method", target) in METHODS:
             return target
-        raise AjpqError(f"a method that a shipped network calls must be one of torch.Tensor's computations, but one is "
-                        f"{target!r}; write it with another one")
+        raise AjpqError(
+            f"a method that a shipped network calls must be one of torch.Tensor's computations, but one is "
+            f"{target!r}; write it with another one"
+        )
     if op == "output":
         return "output"
     if op == "call_function":
         attribute = args[1] if target is getattr and len(args) == 2 else None
         if target is getattr and not (isinstance(attribute, str) and attribute in _ATTRIBUTES):
-            raise AjpqError("an attribute that a shipped network reads must be one of "
-                            f"{', '.join(sorted(_ATTRIBUTES))}, but one is {str(attribute)[:80]!r}; compute it another "
-                            "way")
+            raise AjpqError(
+                "an attribute that a shipped network reads must be one of "
+                f"{', '.join(sorted(_ATTRIBUTES))}, but one is {str(attribute)[:80]!r}; compute it another "
+                "way"
+            )
         return target
     if not (isinstance(target, str) and _PATH.fullmatch(target)) or any(map(keyword.iskeyword, target.split("."))):
-        raise AjpqError("the path of a module or tensor in a shipped network must consist of letters, digits, '_' and "
-                        f"'-', but one is {str(target)[:80]!r}; rename it in the model")
+        raise AjpqError(
+            "the path of a module or tensor in a shipped network must consist of letters, digits, '_' and "
+            f"'-', but one is {str(target)[:80]!r}; rename it in the model"
+        )
     if any(part.startswith("__") for part in target.split(".")) or target.split(".")[0] in _ROOT_NAMES:
-        raise AjpqError("a module or tensor in a shipped network must not be called like an attribute of every "
-                        f"module, but one is {target!r}; rename it in the model")
+        raise AjpqError(
+            "a module or tensor in a shipped network must not be called like an attribute of every "
+            f"module, but one is {target!r}; rename it in the model"
+        )
     return target
 
 
@@ -178,16 +196,20 @@ def _is_identity(node: fx.Node) -> bool:
         return False
     values = dict(zip(("input", "p", "mode", "training"), node.args, strict=False)) | node.kwargs
     if values.get("training", True) is not False:
-        raise AjpqError("a shipped network must not drop blocks at random, but stochastic depth is on at node "
-                        f"{node.name}; call model.eval() before tracing it")
+        raise AjpqError(
+            "a shipped network must not drop blocks at random, but stochastic depth is on at node "
+            f"{node.name}; call model.eval() before tracing it"
+        )
     return True
 
 
 def graph_to_json(module: fx.GraphModule) -> dict[str, Any]:
     """The graph as ``{"nodes": [[op, target, args, kwargs], ...]}``; AjpqError if a node cannot be shipped."""
     if type(module.graph._codegen) is not fx.graph.CodeGen:
-        raise AjpqError("a shipped network must be traced without concrete_args, but this graph has a code generator "
-                        "of its own; trace it with torch.fx.symbolic_trace(model)")
+        raise AjpqError(
+            "a shipped network must be traced without concrete_args, but this graph has a code generator "
+            "of its own; trace it with torch.fx.symbolic_trace(model)"
+        )
     rows: list[list[Any]] = []
     row_of: dict[fx.Node, int] = {}
     for node in module.graph.nodes:
@@ -197,9 +219,11 @@ def graph_to_json(module: fx.GraphModule) -> dict[str, Any]:
         target = _target(node.op, node.target, node.args)
         if node.op == "call_function":
             if target not in _NAMES:
-                raise AjpqError("a shipped network may call tensor functions of torch, torch.nn.functional, operator "
-                                f"and math only, but node {node.name} calls {name_of(target)}; write it with those, "
-                                "without torch.fx.wrap")
+                raise AjpqError(
+                    "a shipped network may call tensor functions of torch, torch.nn.functional, operator "
+                    f"and math only, but node {node.name} calls {name_of(target)}; write it with those, "
+                    "without torch.fx.wrap"
+                )
             target = _NAMES[target]
 
         def distance(other: fx.Node, here: int = len(rows)) -> int:
@@ -217,8 +241,10 @@ def targets(spec: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Paths of the modules called and of the tensors read, each once and in order of first use.
 
     A tensor inside a called module is left out."""
-    modules, tensors = (list(dict.fromkeys(_target(op, row[1], ()) for row in spec["nodes"] if row[0] == op))
-                        for op in ("call_module", "get_attr"))
+    modules, tensors = (
+        list(dict.fromkeys(_target(op, row[1], ()) for row in spec["nodes"] if row[0] == op))
+        for op in ("call_module", "get_attr")
+    )
     inside = tuple(f"{path}." for path in modules)
     return modules, [path for path in tensors if not path.startswith(inside)]
 
@@ -228,8 +254,9 @@ def tensors_of(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
 
 
-def graph_from_json(spec: Mapping[str, Any], modules: Mapping[str, nn.Module],
-                    tensors: Mapping[str, Tensor]) -> fx.GraphModule:
+def graph_from_json(
+    spec: Mapping[str, Any], modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]
+) -> fx.GraphModule:
     """The inverse of `graph_to_json`, with the modules and tensors of `targets` by path.
 
     Whatever else the data asks for is an AjpqError or, where it is malformed, another exception; it is never executed.
@@ -239,21 +266,26 @@ def graph_from_json(spec: Mapping[str, Any], modules: Mapping[str, nn.Module],
     inputs = ops.count("placeholder")
     ordered = not set(ops[:inputs]) - {"placeholder"} and ops.count("output") == 1 and ops[-1] == "output"
     if not ordered or not _OPS.issuperset(ops):
-        raise AjpqError("a packed graph must start with its inputs and end with one output, but this one does not; "
-                        "ship it again")
+        raise AjpqError(
+            "a packed graph must start with its inputs and end with one output, but this one does not; ship it again"
+        )
 
     def node(distance: int) -> fx.Node:
         if not 0 < distance <= len(made):
-            raise AjpqError(f"a node of a packed graph must read rows above it, but row {len(made)} reads {distance} "
-                            "rows up; ship it again")
+            raise AjpqError(
+                f"a node of a packed graph must read rows above it, but row {len(made)} reads {distance} "
+                "rows up; ship it again"
+            )
         return made[-distance]
 
     for op, target, args, *rest in spec["nodes"]:
         if op == "call_function":
             if target not in FUNCTIONS:
-                raise AjpqError("a packed network may call tensor functions of torch, torch.nn.functional, operator "
-                                f"and math only, but this one asks for {str(target)[:80]!r}; do not use the file, or "
-                                "update ajpq")
+                raise AjpqError(
+                    "a packed network may call tensor functions of torch, torch.nn.functional, operator "
+                    f"and math only, but this one asks for {str(target)[:80]!r}; do not use the file, or "
+                    "update ajpq"
+                )
             target = FUNCTIONS[target]
         values = tuple(decode(a, node) for a in args)
         named = {_word("an argument's name", k): decode(v, node) for k, v in (rest[0] if rest else {}).items()}

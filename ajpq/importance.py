@@ -1,5 +1,5 @@
-"""How much a kernel matters. A criterion is one callable `network -> {layer name: float64 (c_out,)}`, higher = keep; the layer
-controller (what to prune) and the channel controller (which kernels share a width) follow the same one."""
+"""How much a kernel matters. A criterion is one callable `network -> {layer name: float64 (c_out,)}`, higher = keep;
+the layer controller (what to prune) and the channel controller (which kernels share a width) follow the same one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def _gains(network: Network) -> dict[str, np.ndarray]:
 
 
 def magnitude(network: Network) -> dict[str, np.ndarray]:
-    """Sum of |W| of a kernel (AMC, He et al. 2018), taken after folding the batch-norm, as the kernel will be shipped."""
+    """Sum of |W| of a kernel (AMC, He et al. 2018), taken after folding the batch-norm, as the kernel will be
+    shipped.
+    """
     gains = _gains(network)
     scores = {}
     for layer in network.layers:
@@ -35,7 +37,9 @@ def magnitude(network: Network) -> dict[str, np.ndarray]:
 
 
 def bn_scale(network: Network) -> dict[str, np.ndarray]:
-    """|gamma| of the batch-norm behind a kernel (network slimming, Liu et al. 2017); layers without one fall back to `magnitude`."""
+    """|gamma| of the batch-norm behind a kernel (network slimming, Liu et al. 2017); layers without one fall back to
+    `magnitude`.
+    """
     scores = magnitude(network)
     for norm in network.norms:
         if norm.folds_into is not None and (gamma := network.module.get_submodule(norm.name).weight) is not None:

@@ -1,8 +1,8 @@
 """The layers a compressed network is made of: `QuantLayer` while it learns, `FrozenLayer` once it is finished.
 
-Both stand for one convolution or linear layer whose kernels have widths of their own. A `FrozenLayer` holds exactly what
-the packed file holds (integers, a float16 scale and bias per kernel), so a network that was shipped and loaded again
-computes the same bits.
+Both stand for one convolution or linear layer whose kernels have widths of their own. A `FrozenLayer` holds exactly
+what the packed file holds (integers, a float16 scale and bias per kernel), so a network that was shipped and loaded
+again computes the same bits.
 """
 
 from __future__ import annotations
@@ -100,8 +100,16 @@ class FrozenLayer(nn.Module):
     bias:  float32 (c_out,) or None; representable in float16 for kernels of up to 8 bits
     """
 
-    def __init__(self, codes: Tensor, bits: Tensor, scale: Tensor, raw: Tensor, bias: Tensor | None,
-                 geometry: Geometry, act: ActQuant) -> None:
+    def __init__(
+        self,
+        codes: Tensor,
+        bits: Tensor,
+        scale: Tensor,
+        raw: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry,
+        act: ActQuant,
+    ) -> None:
         super().__init__()
         self.geometry, self.act = geometry, act
         for name, value in (("codes", codes), ("bits", bits), ("scale", scale), ("raw", raw), ("bias", bias)):

@@ -1,5 +1,6 @@
-"""Operations that only move elements: run them on an index tensor, read off what became of every channel, and decide how
-surgery can re-emit them for fewer channels. What cannot be re-emitted is reported, and its channels are not pruned."""
+"""Operations that only move elements: run them on an index tensor, read off what became of every channel, and decide
+how surgery can re-emit them for fewer channels. What cannot be re-emitted is reported, and its channels are not
+pruned."""
 
 from __future__ import annotations
 
@@ -50,13 +51,24 @@ def with_size(args: tuple, kwargs: dict, name: str, axis: int, size: int, old: i
     return (args[0], tuple(sizes)) if listed else (args[0], *sizes), kwargs
 
 
-def plan(node: fx.Node, name: str, run: Callable[[Tensor, tuple, dict], Any], args: tuple, kwargs: dict,
-         source: Value | None, out: Value, root: Value) -> Move | None:
+def plan(
+    node: fx.Node,
+    name: str,
+    run: Callable[[Tensor, tuple, dict], Any],
+    args: tuple,
+    kwargs: dict,
+    source: Value | None,
+    out: Value,
+    root: Value,
+) -> Move | None:
     """How to re-emit `node`, or None. `source` is the node's tensor input (None when it reads a tuple of tensors)."""
     index = torch.from_numpy(out.index)
     if out.ids is not None:
-        if index.numel() == int(np.prod(root.shape)) and torch.equal(index.reshape(-1), torch.arange(index.numel())) \
-                and index.ndim == 2:
+        if (
+            index.numel() == int(np.prod(root.shape))
+            and torch.equal(index.reshape(-1), torch.arange(index.numel()))
+            and index.ndim == 2
+        ):
             return Move("flatten", out.root)
         if index.ndim == len(root.shape) and index.shape[2:] == root.shape[2:] and root.ids is not None:
             spatial = int(np.prod(root.shape[2:]))
@@ -64,15 +76,22 @@ def plan(node: fx.Node, name: str, run: Callable[[Tensor, tuple, dict], Any], ar
             straight = torch.equal(inside % spatial, torch.arange(spatial).expand_as(inside))
             if straight and bool((inside // spatial == inside[:, :1] // spatial).all()):
                 return Move("gather", out.root, (inside[:, 0] // spatial).numpy())
-    if source is not None and out.axis is not None and source.axis is not None \
-            and _resizable(name, run, args, kwargs, source, out):
+    if (
+        source is not None
+        and out.axis is not None
+        and source.axis is not None
+        and _resizable(name, run, args, kwargs, source, out)
+    ):
         return Move("resize", out.root, axis=out.axis, channels=out.along_axis)
     return None
 
 
-def _resizable(name: str, run: Callable[[Tensor, tuple, dict], Any], args: tuple, kwargs: dict,
-               source: Value, out: Value) -> bool:
-    """Whether the operation, run on fewer channels, gives exactly the surviving part of its output. Tried on subsets."""
+def _resizable(
+    name: str, run: Callable[[Tensor, tuple, dict], Any], args: tuple, kwargs: dict, source: Value, out: Value
+) -> bool:
+    """Whether the operation, run on fewer channels, gives exactly the surviving part of its output. Tried on
+    subsets.
+    """
     before, after = source.along_axis, out.along_axis
     assert before is not None and after is not None and source.axis is not None and out.axis is not None
     distinct = np.unique(before)

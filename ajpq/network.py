@@ -117,8 +117,10 @@ class Network:
 
     def __getitem__(self, name: str) -> LayerSpec:
         if name not in self._index:
-            raise AjpqError(f"a layer must be one of the network's, but there is no {name!r}; "
-                            f"it has {', '.join(list(self._index)[:6])}, ... (print the network for all of them)")
+            raise AjpqError(
+                f"a layer must be one of the network's, but there is no {name!r}; "
+                f"it has {', '.join(list(self._index)[:6])}, ... (print the network for all of them)"
+            )
         return self.layers[self._index[name]]
 
     def __contains__(self, name: str) -> bool:
@@ -164,20 +166,46 @@ class Network:
         return "; ".join(sorted(reasons - {""}))
 
     def __str__(self) -> str:
-        head = ("layer", "kind", "weights (c_out, c_in/groups, kh, kw)", "out", "parameters", "MACs", "space", "prunable")
+        head = (
+            "layer",
+            "kind",
+            "weights (c_out, c_in/groups, kh, kw)",
+            "out",
+            "parameters",
+            "MACs",
+            "space",
+            "prunable",
+        )
         rows = [head]
         for layer in self.layers:
             spaces = "+".join(str(s) for s in dict.fromkeys(self.space_of[layer.writes].tolist()))
             shape = (layer.c_out, layer.c_in // layer.groups, *layer.kernel)
-            rows.append((layer.name, layer.kind, str(shape), f"{layer.out_hw[0]}x{layer.out_hw[1]}",
-                         f"{layer.weights:,}", f"{layer.macs:,}", spaces, self.why_not(layer) or "yes"))
+            rows.append(
+                (
+                    layer.name,
+                    layer.kind,
+                    str(shape),
+                    f"{layer.out_hw[0]}x{layer.out_hw[1]}",
+                    f"{layer.weights:,}",
+                    f"{layer.macs:,}",
+                    spaces,
+                    self.why_not(layer) or "yes",
+                )
+            )
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         right = (4, 5)
-        lines = ["  ".join(cell.rjust(w) if i in right else cell.ljust(w)
-                           for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]
+        lines = [
+            "  ".join(
+                cell.rjust(w) if i in right else cell.ljust(w)
+                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        ]
         lines.insert(1, "  ".join("-" * w for w in widths))
-        lines.append(f"{len(self.layers)} layers, {self.weights:,} weights, {self.macs:,} MACs, {len(self.spaces)} spaces, "
-                     f"{int(self.prunable.sum())} of {self.n_channels} channels prunable")
+        lines.append(
+            f"{len(self.layers)} layers, {self.weights:,} weights, {self.macs:,} MACs, {len(self.spaces)} spaces, "
+            f"{int(self.prunable.sum())} of {self.n_channels} channels prunable"
+        )
         if self.unused:
             lines.append(f"never called in eval mode, not shipped: {', '.join(self.unused)}")
         return "\n".join(lines)

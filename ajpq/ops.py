@@ -10,31 +10,40 @@ from typing import Any
 from torch import fx, nn
 
 # One tensor in, the same shape out, every element on its own. Whether zero stays zero is measured, not listed.
-ELEMENTWISE = frozenset("""
+ELEMENTWISE = frozenset(
+    """
     relu relu6 hardtanh hardswish silu gelu leakyrelu leaky_relu elu selu celu mish tanh softsign tanhshrink hardshrink
     softshrink threshold sigmoid hardsigmoid logsigmoid softplus identity dropout dropout1d dropout2d dropout3d
     alphadropout alpha_dropout feature_alpha_dropout featurealphadropout stochastic_depth float to
-    type type_as neg abs square sign round floor ceil clamp clip clamp_min clamp_max pow sqrt rsqrt exp log log1p expm1 erf sin cos
+    type type_as neg abs square sign round floor ceil clamp clip clamp_min clamp_max pow sqrt rsqrt exp log
+    log1p expm1 erf sin cos
     prelu quantstub dequantstub reciprocal positive pos
-""".split())
+""".split()
+)
 
 # Spatial: channels keep their place, positions change; a channel of zeros stays zero.
-SPATIAL = frozenset("""
-    maxpool2d max_pool2d avgpool2d avg_pool2d adaptiveavgpool2d adaptive_avg_pool2d adaptivemaxpool2d adaptive_max_pool2d
+SPATIAL = frozenset(
+    """
+    maxpool2d max_pool2d avgpool2d avg_pool2d adaptiveavgpool2d adaptive_avg_pool2d adaptivemaxpool2d
+    adaptive_max_pool2d
     lppool2d lp_pool2d upsample upsamplingnearest2d upsamplingbilinear2d interpolate boolean_dispatch
     reflectionpad2d replicationpad2d
-""".split())
+""".split()
+)
 
 MERGE = frozenset("add iadd sub isub mul imul maximum minimum multiply subtract".split())
 DIVIDE = frozenset("truediv itruediv div divide floordiv floor_divide".split())
 
 # Elements only move: what the operation does to an index tensor is all there is to know.
-MOVE = frozenset("""
+MOVE = frozenset(
+    """
     view reshape flatten unflatten permute transpose swapaxes swapdims movedim moveaxis unsqueeze squeeze chunk split
-    tensor_split unbind narrow select getitem expand expand_as view_as reshape_as repeat tile repeat_interleave roll flip
+    tensor_split unbind narrow select getitem expand expand_as view_as reshape_as repeat tile repeat_interleave
+    roll flip
     index_select pixelshuffle pixel_shuffle pixelunshuffle pixel_unshuffle channelshuffle channel_shuffle
     native_channel_shuffle contiguous clone detach
-""".split())
+""".split()
+)
 
 CONCAT = frozenset("cat concat concatenate".split())
 PAD = frozenset("pad zeropad2d constantpad2d".split())

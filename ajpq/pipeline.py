@@ -32,14 +32,17 @@ def run(cfg: DictConfig, folder: Path) -> None:
     """Run one job; everything it writes goes to `folder`. The test split is read once, at the end.
 
     Writes original.safetensors (when trained here), evaluations.jsonl (a line per evaluation, at once), policy.json,
-    model.safetensors and report.json. An interrupt keeps what there is (during the search policy.json with the best policy so
-    far, during fine-tuning the network as it is) and passes on.
+    model.safetensors and report.json. An interrupt keeps what there is (during the search policy.json with the best
+    policy so far, during fine-tuning the network as it is) and passes on.
     """
     screen = Screen()
     torch.manual_seed(cfg.seed)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    parts = {name: instantiate(cfg[name], _convert_="all") for name in ("data", "model", "choices", "costs", "importance", "reward", "search")}
+    parts = {
+        name: instantiate(cfg[name], _convert_="all")
+        for name in ("data", "model", "choices", "costs", "importance", "reward", "search")
+    }
     data: Data = parts["data"]
     recipes = {name: instantiate(cfg[name], _convert_="all") for name in ("train", "finetune")}
     for recipe in recipes.values():
@@ -47,9 +50,15 @@ def run(cfg: DictConfig, folder: Path) -> None:
     limits = _limits(cfg.budget)
     if cfg.checkpoint is not None:
         load_weights(parts["model"], cfg.checkpoint)
-    untrained = SearchSpace(trace(parts["model"], next(iter(data.calibration))[0]), parts["choices"], parts["importance"])
+    untrained = SearchSpace(
+        trace(parts["model"], next(iter(data.calibration))[0]), parts["choices"], parts["importance"]
+    )
     reachable(untrained, limits, parts["costs"])  # a budget that cannot be met is told before anything is spent
-    model = parts["model"].eval() if cfg.checkpoint is not None else _trained(parts["model"], recipes["train"], cfg.seed, data, screen, folder)
+    model = (
+        parts["model"].eval()
+        if cfg.checkpoint is not None
+        else _trained(parts["model"], recipes["train"], cfg.seed, data, screen, folder)
+    )
     with screen.stage("trace"):
         network = trace(model, next(iter(data.calibration))[0])
     screen.say(str(network))
@@ -57,10 +66,20 @@ def run(cfg: DictConfig, folder: Path) -> None:
     record = folder / "evaluations.jsonl"
     backend, limit = parts["search"], getattr(parts["search"], "evaluations", None)
     with screen.stage("prepare"):
-        problem = Problem(network, data.calibration, take(data.search, cfg.search_images), limits, choices=parts["choices"],
-                          costs=parts["costs"], importance=parts["importance"], reward=parts["reward"], norm_images=cfg.norm_images)
+        problem = Problem(
+            network,
+            data.calibration,
+            take(data.search, cfg.search_images),
+            limits,
+            choices=parts["choices"],
+            costs=parts["costs"],
+            importance=parts["importance"],
+            reward=parts["reward"],
+            norm_images=cfg.norm_images,
+        )
     try:
         with screen.stage("search", limit or 0) as advance, record.open("a") as lines:
+
             def log(evaluation: Evaluation) -> None:
                 lines.write(json.dumps(_row(evaluation)) + "\n")
                 lines.flush()
@@ -91,22 +110,38 @@ def run(cfg: DictConfig, folder: Path) -> None:
         searched = compress(network, result.policy, problem.calibration)
         if cfg.norm_images:
             recalibrate(searched, take(data.calibration, cfg.norm_images))
-        metrics = {name: accuracy(net, data.test) for name, net in (("original", model), ("searched", searched), ("final", loaded))}
+        metrics = {
+            name: accuracy(net, data.test)
+            for name, net in (("original", model), ("searched", searched), ("final", loaded))
+        }
 
     costs = reporting.costs_of(problem, result.policy)
     report = {
         "metrics": metrics,
-        "bytes": {"original": costs["size"]["original"] / 8, "claimed": costs["size"]["final"] / 8, "on_disk": path.stat().st_size},
-        "costs": costs, "budget": problem.budget.limits, "search_score": asdict(result.score), "evaluations": result.evaluations,
-        "seconds": screen.seconds, "seed": cfg.seed, "policy": result.policy.digest(),
-        "layers": reporting.layers_of(network, result.policy), "versions": reporting.versions(), "machine": reporting.machine(),
+        "bytes": {
+            "original": costs["size"]["original"] / 8,
+            "claimed": costs["size"]["final"] / 8,
+            "on_disk": path.stat().st_size,
+        },
+        "costs": costs,
+        "budget": problem.budget.limits,
+        "search_score": asdict(result.score),
+        "evaluations": result.evaluations,
+        "seconds": screen.seconds,
+        "seed": cfg.seed,
+        "policy": result.policy.digest(),
+        "layers": reporting.layers_of(network, result.policy),
+        "versions": reporting.versions(),
+        "machine": reporting.machine(),
     }
     write_text(folder / "report.json", json.dumps(report, indent=1, default=float))
     reporting.show(report, screen.console)
     screen.say(f"written to {folder}")
 
 
-def _trained(model: nn.Module, recipe: Mapping[str, Any], seed: int, data: Data, screen: Screen, folder: Path) -> nn.Module:
+def _trained(
+    model: nn.Module, recipe: Mapping[str, Any], seed: int, data: Data, screen: Screen, folder: Path
+) -> nn.Module:
     with screen.stage("train", recipe["epochs"]) as advance:
         fit(model, data.train, seed=seed, **recipe, on_epoch=_epochs(advance))
     save_weights(model, folder / "original.safetensors")
@@ -122,11 +157,21 @@ def _limits(budget: Mapping[str, Any]) -> dict[str, float]:
     limits = {str(name): value for name, value in budget.items() if value is not None}
     for name, value in limits.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise AjpqError(f"a budget must be a fraction in (0, 1] or null, but budget.{name} is {value!r}; write budget.{name}=0.1")
+            raise AjpqError(
+                f"a budget must be a fraction in (0, 1] or null, but budget.{name} is {value!r}; write "
+                f"budget.{name}=0.1"
+            )
     return limits
 
 
 def _row(evaluation: Evaluation) -> dict[str, Any]:
     score = evaluation.score
-    return {"number": evaluation.number, "policy": evaluation.policy.digest(), "reward": score.reward, "accuracy": score.accuracy,
-            "ratios": dict(score.ratios), "within": score.within, "seconds": round(evaluation.seconds, 3)}
+    return {
+        "number": evaluation.number,
+        "policy": evaluation.policy.digest(),
+        "reward": score.reward,
+        "accuracy": score.accuracy,
+        "ratios": dict(score.ratios),
+        "within": score.within,
+        "seconds": round(evaluation.seconds, 3),
+    }

@@ -1,4 +1,6 @@
-"""All that a search backend sees: `problem.score(policy)`, the space to draw policies from, and the record of what was tried."""
+"""All that a search backend sees: `problem.score(policy)`, the space to draw policies from, and the record of what was
+tried.
+"""
 
 from __future__ import annotations
 
@@ -81,8 +83,8 @@ class Problem:
     """A network, the images to judge it on and the budget to meet.
 
     model: the trained CNN (never modified), or a `Network` traced before
-    calibration: batches (x, y) of training images, of which the first 1,000 set activation ranges, and the first `norm_images`
-        re-estimate batch-norms before a policy is scored (0 = never)
+    calibration: batches (x, y) of training images, of which the first 1,000 set activation ranges, and the first
+        `norm_images` re-estimate batch-norms before a policy is scored (0 = never)
     search: batches (x, y), split off training, that every policy is scored on; never the test split
     budget: cost name -> largest fraction of the uncompressed network's cost
     costs: cost name -> model, beside and instead of size, macs, bops
@@ -91,11 +93,22 @@ class Problem:
     Raises AjpqError for a network that cannot be traced and a budget that cannot be met.
     """
 
-    def __init__(self, model: nn.Module | Network, calibration: Batches, search: Batches, budget: Mapping[str, float], *,
-                 choices: Choices = Choices(), costs: Mapping[str, CostModel] | None = None, importance: Importance = magnitude,
-                 reward: Reward = accuracy_reward, norm_images: int = 400,
-                 evaluator: Callable[[CompressionPolicy], float] | None = None,
-                 on_evaluation: Callable[[Evaluation], None] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module | Network,
+        calibration: Batches,
+        search: Batches,
+        budget: Mapping[str, float],
+        *,
+        choices: Choices | None = None,
+        costs: Mapping[str, CostModel] | None = None,
+        importance: Importance = magnitude,
+        reward: Reward = accuracy_reward,
+        norm_images: int = 400,
+        evaluator: Callable[[CompressionPolicy], float] | None = None,
+        on_evaluation: Callable[[Evaluation], None] | None = None,
+    ) -> None:
+        choices = choices or Choices()
         calibration = take(calibration, CALIBRATION_IMAGES)
         self.network = model if isinstance(model, Network) else trace(model, first_images(calibration))
         self.space = SearchSpace(self.network, choices, importance)
@@ -141,8 +154,10 @@ class Problem:
         """The best policy within budget so far. Raises AjpqError if there is none."""
         best = self.best
         if best is None:
-            raise AjpqError(f"a search must score at least one policy within budget, but none of {self.evaluations} was; "
-                            "draw policies from problem.draft()")
+            raise AjpqError(
+                f"a search must score at least one policy within budget, but none of {self.evaluations} was; "
+                "draw policies from problem.draft()"
+            )
         return SearchResult(best.policy, best.score, self.evaluations, tuple(self.history))
 
 

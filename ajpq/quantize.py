@@ -20,6 +20,7 @@ from torch import Tensor
 
 WIDTHS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 32)  # bit-widths a kernel can have
 FLOAT = 32
+TINY = 1e-8  # least magnitude of a step size
 MID_RISE = 3  # widths up to this one use the grid without zero
 
 
@@ -36,10 +37,15 @@ def _per_kernel(values: Tensor, weight: Tensor) -> Tensor:
     return values.reshape(-1, *([1] * (weight.ndim - 1)))  # (c_out, 1, 1, 1)
 
 
+def usable(scale: Tensor) -> Tensor:
+    """A learned step size, kept away from zero: at least TINY in magnitude, with its sign and its gradient."""
+    return torch.where(scale.abs() < TINY, torch.where(scale < 0, -TINY, TINY) + 0 * scale, scale)
+
+
 def encode(weight: Tensor, bits: Tensor, scale: Tensor) -> Tensor:
-    """Nearest codes. weight (c_out, ...), bits and scale (c_out,) -> int8 (c_out, ...); kernels of 0 or 32 bits get 0."""
+    """Nearest codes. weight (c_out, ...), bits and scale (c_out,) -> int8 (c_out, ...), 0 for kernels of 0 or 32 bits."""
     lo, hi, offset = (_per_kernel(t, weight) for t in grid(bits))
-    return torch.round(torch.clamp(weight / _per_kernel(scale, weight) - offset, lo, hi)).to(torch.int8)
+    return torch.round(torch.clamp(weight / _per_kernel(usable(scale), weight) - offset, lo, hi)).to(torch.int8)
 
 
 def decode(codes: Tensor, bits: Tensor, scale: Tensor) -> Tensor:
@@ -81,7 +87,7 @@ def fake_quantize(weight: Tensor, bits: Tensor, scale: Tensor) -> Tensor:
     section 2.2). 0 bits -> zero, 32 bits -> weight."""
     lo, hi, offset = (_per_kernel(t, weight) for t in grid(bits))
     damp = (weight[0].numel() * (hi + 1).clamp(min=1)).rsqrt()  # (c_out, 1, 1, 1)
-    s = _DampGrad.apply(_per_kernel(scale, weight), damp)
+    s = _DampGrad.apply(_per_kernel(usable(scale), weight), damp)
     codes = _RoundSTE.apply(torch.clamp(weight / s - offset, lo, hi))
     return torch.where(_per_kernel(bits == FLOAT, weight), weight, (codes + offset) * s)
 
@@ -90,7 +96,8 @@ def fit_scale(weight: Tensor, bits: Tensor, candidates: int = 16) -> Tensor:
     """Scale of every kernel that (nearly) minimises its squared quantization error, float32 (c_out,).
 
     Tries `candidates` clipping points from the full range down to 0.2 of it, refines each by one least-squares step
-    ``s = <w, q> / <q, q>`` and keeps the best; 1 bit then has its closed form ``s = 2 mean|w|``. All-zero kernels get 1.
+    ``s = <w, q> / <q, q>`` and keeps the best; 1 bit then has its closed form ``s = 2 mean|w|``. All-zero kernels get
+    1.
     """
     flat = weight.detach().reshape(len(weight), -1)
     lo, hi, offset = (t[:, None] for t in grid(bits))
@@ -105,7 +112,9 @@ def fit_scale(weight: Tensor, bits: Tensor, candidates: int = 16) -> Tensor:
         energy = (q * q).sum(dim=1, keepdim=True)
         s = torch.where(energy > 0, (flat * q).sum(dim=1, keepdim=True) / energy.clamp(min=1e-30), s)
         s = torch.where(s > 0, s, peak / top)
-        error = (flat - (torch.round(torch.clamp(flat / s - offset, lo, hi)) + offset) * s).square().sum(1, keepdim=True)
+        error = (
+            (flat - (torch.round(torch.clamp(flat / s - offset, lo, hi)) + offset) * s).square().sum(1, keepdim=True)
+        )
         best = torch.where(error < least, s, best)
         least = torch.minimum(error, least)
     return best[:, 0]
@@ -145,6 +154,7 @@ def fake_quantize_act(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tens
     if bits == FLOAT:
         return x
     lo, hi = act_range(bits, signed)
+    scale = usable(scale.abs())
     if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
         return _ActSTE.apply(x, scale, lo, hi)
     return _act(x, scale, lo, hi)

@@ -43,8 +43,15 @@ def _processor() -> str:
 def costs_of(problem: Any, policy: CompressionPolicy) -> dict[str, dict[str, Any]]:
     """cost name -> original, final, ratio, unit."""
     final = problem.budget.values(policy)
-    return {name: {"original": problem.budget.original[name], "final": value, "ratio": value / problem.budget.original[name],
-                   "unit": problem.budget.costs[name].unit} for name, value in final.items()}
+    return {
+        name: {
+            "original": problem.budget.original[name],
+            "final": value,
+            "ratio": value / problem.budget.original[name],
+            "unit": problem.budget.costs[name].unit,
+        }
+        for name, value in final.items()
+    }
 
 
 def layers_of(network: Network, policy: CompressionPolicy) -> list[dict[str, Any]]:
@@ -53,24 +60,57 @@ def layers_of(network: Network, policy: CompressionPolicy) -> list[dict[str, Any
     for layer in network.layers:
         bits = policy.weight_bits[layer.name]
         kept = bits[bits > 0]
-        rows.append({"name": layer.name, "kernels": layer.c_out, "kept": len(kept), "mean_bits": float(kept.mean()),
-                     "widths": {str(b): int((bits == b).sum()) for b in sorted(set(bits.tolist()))}, "act_bits": policy.act_bits[layer.name]})
+        rows.append(
+            {
+                "name": layer.name,
+                "kernels": layer.c_out,
+                "kept": len(kept),
+                "mean_bits": float(kept.mean()),
+                "widths": {str(b): int((bits == b).sum()) for b in sorted(set(bits.tolist()))},
+                "act_bits": policy.act_bits[layer.name],
+            }
+        )
     return rows
 
 
 def show(report: Mapping[str, Any], console: Console) -> None:
     """The closing table."""
     table = Table(title="Result", title_justify="left")
-    for name, justify in (("", "left"), ("original", "right"), ("compressed", "right"), ("ratio", "right"), ("budget", "right")):
+    for name, justify in (
+        ("", "left"),
+        ("original", "right"),
+        ("compressed", "right"),
+        ("ratio", "right"),
+        ("budget", "right"),
+    ):
         table.add_column(name, justify=justify)
     metrics, size, budget = report["metrics"], report["bytes"], report["budget"]
     table.add_row("accuracy after search (test)", f"{metrics['original']:.4f}", f"{metrics['searched']:.4f}")
-    table.add_row("accuracy after fine-tuning (test)", f"{metrics['original']:.4f}", f"{metrics['final']:.4f}", end_section=True)
-    table.add_row("bytes claimed", f"{size['original']:,.0f}", f"{size['claimed']:,.0f}", f"{size['claimed'] / size['original']:.4f}")
-    table.add_row("bytes on disk", f"{size['original']:,.0f}", f"{size['on_disk']:,.0f}", f"{size['on_disk'] / size['original']:.4f}", end_section=True)
+    table.add_row(
+        "accuracy after fine-tuning (test)", f"{metrics['original']:.4f}", f"{metrics['final']:.4f}", end_section=True
+    )
+    table.add_row(
+        "bytes claimed",
+        f"{size['original']:,.0f}",
+        f"{size['claimed']:,.0f}",
+        f"{size['claimed'] / size['original']:.4f}",
+    )
+    table.add_row(
+        "bytes on disk",
+        f"{size['original']:,.0f}",
+        f"{size['on_disk']:,.0f}",
+        f"{size['on_disk'] / size['original']:.4f}",
+        end_section=True,
+    )
     for name, cost in report["costs"].items():
         limit = f"<= {budget[name]:g}" if name in budget else ""
-        table.add_row(f"{name} ({cost['unit']})", f"{cost['original']:,.0f}", f"{cost['final']:,.0f}", f"{cost['ratio']:.4f}", limit)
+        table.add_row(
+            f"{name} ({cost['unit']})",
+            f"{cost['original']:,.0f}",
+            f"{cost['final']:,.0f}",
+            f"{cost['ratio']:.4f}",
+            limit,
+        )
     console.print(table)
     spent = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report["seconds"].items())
     console.print(f"{report['evaluations']} evaluations; seconds: {spent}", highlight=False)

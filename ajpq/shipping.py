@@ -62,24 +62,31 @@ def _read(path: str | Path) -> tuple[Path, dict[str, Tensor]]:
     try:
         data = file.read_bytes()
     except OSError as error:
-        raise AjpqError(f"a shipped network must be a readable {FILE} or the folder of one, but {file} cannot be read "
-                        f"({error.strerror}); check the path") from error
+        raise AjpqError(
+            f"a shipped network must be a readable {FILE} or the folder of one, but {file} cannot be read "
+            f"({error.strerror}); check the path"
+        ) from error
     size = int.from_bytes(data[:8], "little")
     found = _CHECKSUM.search(data, 8, min(8 + size, len(data)))
     if not found and (size > len(data) - 8 and size < LIMIT or b'"__metadata__"' in data[:64]):
-        raise AjpqError(f"a shipped network must be a whole file, but {file} breaks off after {len(data)} bytes or is "
-                        "damaged; copy or ship it again")
+        raise AjpqError(
+            f"a shipped network must be a whole file, but {file} breaks off after {len(data)} bytes or is "
+            "damaged; copy or ship it again"
+        )
     if not found:
         raise AjpqError(f"a shipped network must be a file that ajpq wrote, but {file} is not; check the path")
     at = found.start(1)
     if b"%08x" % zlib.crc32(data[:at] + b"0" * 8 + data[at + 8 :]) != found[1]:
-        raise AjpqError(f"a shipped network must have the checksum that it was written with, but {file} of {len(data)} "
-                        "bytes has another one and so is damaged or incomplete; copy or ship it again")
+        raise AjpqError(
+            f"a shipped network must have the checksum that it was written with, but {file} of {len(data)} "
+            "bytes has another one and so is damaged or incomplete; copy or ship it again"
+        )
     try:
         return file, safetensors.torch.load(data)
     except (safetensors.SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise AjpqError(f"a shipped network must be a safetensors file, but {file} is not ({error}); ship it "
-                        "again") from error
+        raise AjpqError(
+            f"a shipped network must be a safetensors file, but {file} is not ({error}); ship it again"
+        ) from error
 
 
 def ship(network: fx.GraphModule, folder: str | Path, extra: Mapping[str, Any] | None = None) -> Path:
@@ -100,8 +107,10 @@ def ship(network: fx.GraphModule, folder: str | Path, extra: Mapping[str, Any] |
             with contextlib.suppress(OSError):
                 undo()
         if isinstance(error, OSError):
-            raise AjpqError(f"a network must be shipped to a folder that can be written, but {folder} cannot "
-                            f"({error.strerror}); choose another one") from error
+            raise AjpqError(
+                f"a network must be shipped to a folder that can be written, but {folder} cannot "
+                f"({error.strerror}); choose another one"
+            ) from error
         raise
     return folder / FILE
 

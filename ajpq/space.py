@@ -21,7 +21,8 @@ class Choices:
 
     weight_bits: widths of a kernel; 0 among them allows pruning
     act_bits: widths of a layer's input; more than one makes them a decision
-    blocks: kernels of a layer are sorted by importance and get their widths in this many blocks; "max" = one kernel each
+    blocks: kernels of a layer are sorted by importance and get their widths in this many blocks; "max" = one kernel
+        each
     max_sparsity: at most this fraction of a space's channels is pruned (AMC: 0.8)
     first_last: width of weights and input of the first and the last layer, as HAQ does; None = decided like the others
     """
@@ -37,28 +38,35 @@ class Choices:
             values = tuple(sorted({int(b) for b in getattr(self, name)}))
             allowed = WIDTHS if name == "weight_bits" else WIDTHS[1:]
             if not set(values) <= set(allowed) or not set(values) - {0}:
-                raise AjpqError(f"{name} must be widths out of {allowed} with at least one above 0, but they are {values}; choose others")
+                raise AjpqError(
+                    f"{name} must be widths out of {allowed} with at least one above 0, but they are {values}; "
+                    "choose others"
+                )
             object.__setattr__(self, name, values)
         if self.blocks != "max" and not (isinstance(self.blocks, int) and self.blocks >= 1):
             raise AjpqError(f"blocks must be a whole number >= 1 or 'max', but it is {self.blocks!r}; choose another")
         if not 0 <= self.max_sparsity < 1:
             raise AjpqError(f"0 <= max_sparsity < 1 must hold, but it is {self.max_sparsity}; choose another")
         if self.first_last is not None and self.first_last not in WIDTHS[1:]:
-            raise AjpqError(f"first_last must be one of {WIDTHS[1:]} or null, but it is {self.first_last}; choose another")
+            raise AjpqError(
+                f"first_last must be one of {WIDTHS[1:]} or null, but it is {self.first_last}; choose another"
+            )
 
 
 class SearchSpace:
     """Facts that every backend shares: allowed widths, the orders by importance, and the two extreme policies."""
 
-    def __init__(self, network: Network, choices: Choices = Choices(), importance: Importance = magnitude) -> None:
-        self.network, self.choices = network, choices
+    def __init__(self, network: Network, choices: Choices | None = None, importance: Importance = magnitude) -> None:
+        self.network, self.choices = network, choices or Choices()
         self.scores: Mapping[str, np.ndarray] = importance(network)
         self.channel_scores = of_channels(network, self.scores)
-        self._ends = {network.layers[0].name, network.layers[-1].name} if choices.first_last is not None else set()
+        self._ends = {network.layers[0].name, network.layers[-1].name} if self.choices.first_last is not None else set()
 
     def widths(self, layer: LayerSpec) -> tuple[int, ...]:
         """Widths that a surviving kernel may have, ascending."""
-        return (self.choices.first_last,) if layer.name in self._ends else tuple(b for b in self.choices.weight_bits if b)
+        return (
+            (self.choices.first_last,) if layer.name in self._ends else tuple(b for b in self.choices.weight_bits if b)
+        )
 
     def acts(self, layer: LayerSpec) -> tuple[int, ...]:
         """Widths that the layer's input may have, ascending."""
@@ -66,8 +74,8 @@ class SearchSpace:
 
     @cached_property
     def essential(self) -> np.ndarray:
-        """bool (n_channels,): never pruned, so that every layer keeps an input and a kernel, and every space a channel: the most
-        important channel of each space within each layer's inputs and kernels."""
+        """bool (n_channels,): never pruned, so that every layer keeps an input and a kernel, and every space a
+        channel: the most important channel of each space within each layer's inputs and kernels."""
         keep = ~self.network.prunable
         for layer in self.network.layers:
             for ids in (np.unique(layer.inputs_of_a_kernel), np.unique(layer.writes)):
@@ -102,7 +110,9 @@ class SearchSpace:
         return alive
 
     def homogeneous(self, width: int, sparsity: float = 0.0, act_bits: int | None = None) -> CompressionPolicy:
-        """The same width, sparsity and activation width everywhere that there is a choice (the nearest allowed one elsewhere)."""
+        """The same width, sparsity and activation width everywhere that there is a choice (the nearest allowed one
+        elsewhere).
+        """
         alive = self.alive_at(sparsity)
         act_bits = self.choices.act_bits[-1] if act_bits is None else act_bits
 
@@ -110,8 +120,12 @@ class SearchSpace:
             return min(options, key=lambda b: abs(b - wanted))
 
         return CompressionPolicy(
-            {layer.name: np.where(alive[layer.writes], nearest(self.widths(layer), width), 0).astype(np.uint8) for layer in self.network.layers},
-            {layer.name: nearest(self.acts(layer), act_bits) for layer in self.network.layers})
+            {
+                layer.name: np.where(alive[layer.writes], nearest(self.widths(layer), width), 0).astype(np.uint8)
+                for layer in self.network.layers
+            },
+            {layer.name: nearest(self.acts(layer), act_bits) for layer in self.network.layers},
+        )
 
     def cheapest(self) -> CompressionPolicy:
         """Smallest widths, largest sparsity: the least that any cost can become."""

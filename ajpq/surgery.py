@@ -18,7 +18,7 @@ def shrink(network: Network, alive: np.ndarray) -> fx.GraphModule:
     """A float copy of the network without its dead channels, in eval mode.
 
     alive: bool (n_channels,). Module names are those of the original; layers are plain Conv2d and Linear.
-    Its outputs equal those of the original with every dead kernel, its bias and its norm entries set to zero.
+        Its outputs equal those of the original with every dead kernel, its bias and its norm entries set to zero.
     """
     parts: dict[str, Any] = {}
     for name in dict.fromkeys(str(n.target) for n in network.module.graph.nodes if n.op == "call_module"):
@@ -52,9 +52,20 @@ def _smaller_layer(module: nn.Conv2d | nn.Linear, layer: LayerSpec, alive: np.nd
         else:
             c_in = int(alive[layer.reads].sum())
             groups = c_in if layer.kind == "depthwise" else module.groups
-            small = nn.Conv2d(c_in, len(kernels), module.kernel_size, module.stride, module.padding, module.dilation,
-                              groups, module.bias is not None, module.padding_mode)
-    small.weight = nn.Parameter(module.weight.detach()[torch.from_numpy(kernels)][:, torch.from_numpy(inputs)].contiguous())
+            small = nn.Conv2d(
+                c_in,
+                len(kernels),
+                module.kernel_size,
+                module.stride,
+                module.padding,
+                module.dilation,
+                groups,
+                module.bias is not None,
+                module.padding_mode,
+            )
+    small.weight = nn.Parameter(
+        module.weight.detach()[torch.from_numpy(kernels)][:, torch.from_numpy(inputs)].contiguous()
+    )
     small.bias = _take(module.bias, kernels)
     return small
 
@@ -91,7 +102,9 @@ class _Emitter:
             module = self.network.module.get_submodule(node.target) if node.op == "call_module" else None
             if node.op not in ("placeholder", "output") and ops.name_of(node, module) in ops.MOVE:
                 optional.add(emitted)
-        for node in reversed(list(self.new.nodes)):  # chunks and views that a gather made unnecessary, and sizes only they used
+        for node in reversed(
+            list(self.new.nodes)
+        ):  # chunks and views that a gather made unnecessary, and sizes only they used
             if not node.users and (node in optional or node.op == "get_attr" or _is_size(node)):
                 self.new.erase_node(node)
         self.new.lint()
@@ -119,8 +132,8 @@ class _Emitter:
     def _pad(self, node: fx.Node, move: Any) -> fx.Node:
         pads = [int(p) for p in move.index]  # two per dimension, from the last one backwards
         ids, at = self.network.values[node.name], len(pads) - 4
-        before, after = pads[at:at + 2]
-        pads[at:at + 2] = [int(self.alive[ids[:before]].sum()), int(self.alive[ids[len(ids) - after:]].sum())]
+        before, after = pads[at : at + 2]
+        pads[at : at + 2] = [int(self.alive[ids[:before]].sum()), int(self.alive[ids[len(ids) - after :]].sum())]
         return self.new.call_function(nn.functional.pad, (self.env[node.all_input_nodes[0].name], tuple(pads[:-2])))
 
     def _resize(self, node: fx.Node, move: Any) -> fx.Node:
@@ -133,6 +146,9 @@ class _Emitter:
 
 def _is_size(node: fx.Node) -> bool:
     """Whether the node only computes sizes: getattr(x, "shape"), x.size(), and arithmetic on what they give."""
-    return ops.name_of(node, None) in ("getattr", "size", "getitem", "floordiv", "mul", "sub", "add", "truediv", "floor_divide") \
-        if node.op in ("call_function", "call_method") else False
-
+    return (
+        ops.name_of(node, None)
+        in ("getattr", "size", "getitem", "floordiv", "mul", "sub", "add", "truediv", "floor_divide")
+        if node.op in ("call_function", "call_method")
+        else False
+    )

@@ -24,15 +24,21 @@ def trace(model: nn.Module, example: Tensor) -> Network:
     """
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise AjpqError(f"weights must be finite, but {name!r} has {int((~torch.isfinite(tensor)).sum())} NaN or inf values "
-                            "of " + f"{tensor.numel()}; load another checkpoint or train with a lower learning rate")
+            raise AjpqError(
+                f"weights must be finite, but {name!r} has {int((~torch.isfinite(tensor)).sum())} NaN or inf values "
+                "of " + f"{tensor.numel()}; load another checkpoint or train with a lower learning rate"
+            )
     private = copy.deepcopy(model).eval().requires_grad_(False)
     try:
         module = fx.symbolic_trace(private)
-    except Exception as error:  # torch.fx raises TraceError, TypeError, NameError, whatever the forward does with a Proxy
+    except (
+        Exception
+    ) as error:  # torch.fx raises TraceError, TypeError, NameError, whatever the forward does with a Proxy
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise AjpqError(f"{type(model).__name__}.forward must be traceable by torch.fx, but: {reason}; take data-dependent `if`, "
-                        "`assert` and loops over values out of forward, or put them into a function under torch.fx.wrap") from error
+        raise AjpqError(
+            f"{type(model).__name__}.forward must be traceable by torch.fx, but: {reason}; take data-dependent `if`, "
+            "`assert` and loops over values out of forward, or put them into a function under torch.fx.wrap"
+        ) from error
     example = example.detach()[:2].float()
     example = example if len(example) == 2 else example.repeat(2, *([1] * (example.ndim - 1)))
     walk = Walk(module)
@@ -44,18 +50,23 @@ def trace(model: nn.Module, example: Tensor) -> Network:
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         if walk.fault is not None:
             raise
-        raise AjpqError(f"{type(model).__name__} must accept the example input, but an input of shape {tuple(example.shape)} gives: "
-                        f"{str(error).strip().splitlines()[0]}; pass an example as the network will see it") from error
+        raise AjpqError(
+            f"{type(model).__name__} must accept the example input, but an input of shape "
+            f"{tuple(example.shape)} gives: "
+            f"{str(error).strip().splitlines()[0]}; pass an example as the network will see it"
+        ) from error
     if not walk.layers:
-        raise AjpqError(f"a network must have a Conv2d or Linear module that its forward calls, but {type(model).__name__} "
-                        "has none (F.conv2d is invisible as a layer); use modules")
+        raise AjpqError(
+            f"a network must have a Conv2d or Linear module that its forward calls, but {type(model).__name__} "
+            "has none (F.conv2d is invisible as a layer); use modules"
+        )
     return assemble(walk, private, example)
 
 
 def assemble(walk: Walk, original: nn.Module, example: Tensor) -> Network:
     """The network that a finished walk over `original` has seen."""
     sets = walk.sets
-    for i, name in enumerate(walk.norm_nodes):  # a norm called several times cannot be folded into one layer
+    for name in walk.norm_nodes:  # a norm called several times cannot be folded into one layer
         sets.note(sets.norms, walk.norm_channels[name], name)
     all_roots = sets.roots(np.arange(len(sets.parent)))
     dense = {root: i for i, root in enumerate(dict.fromkeys(all_roots.tolist()))}
@@ -63,8 +74,10 @@ def assemble(walk: Walk, original: nn.Module, example: Tensor) -> Network:
 
     norms = tuple(_norm(walk, name) for name in walk.norm_nodes)
     folded = {norm.folds_into for norm in norms}
-    layers = tuple(replace(layer, reads=rank[layer.reads], writes=rank[layer.writes], bias=layer.bias or layer.name in folded)
-                   for layer in walk.layers.values())
+    layers = tuple(
+        replace(layer, reads=rank[layer.reads], writes=rank[layer.writes], bias=layer.bias or layer.name in folded)
+        for layer in walk.layers.values()
+    )
     norms = tuple(replace(norm, channels=rank[norm.channels]) for norm in norms)
 
     grouped: dict[tuple, list[int]] = {}
@@ -73,19 +86,33 @@ def assemble(walk: Walk, original: nn.Module, example: Tensor) -> Network:
         writers = tuple(sorted(sets.writers.get(root, ()), key=order.__getitem__))
         why = sets.frozen.get(root, "" if writers else "no layer writes it")
         grouped.setdefault((writers, tuple(sets.norms.get(root, ())), why), []).append(channel)
-    spaces = tuple(Space(np.array(channels), not why, why, writers, norm_names)
-                   for (writers, norm_names, why), channels in grouped.items())
+    spaces = tuple(
+        Space(np.array(channels), not why, why, writers, norm_names)
+        for (writers, norm_names, why), channels in grouped.items()
+    )
 
-    values = {name: rank[value.ids] for name, value in walk.values.items()
-              if isinstance(value, Value) and value.ids is not None}
-    plans = {name: replace(move, channels=None if move.channels is None else rank[move.channels])
-             for name, move in walk.moves.items()}
+    values = {
+        name: rank[value.ids]
+        for name, value in walk.values.items()
+        if isinstance(value, Value) and value.ids is not None
+    }
+    plans = {
+        name: replace(move, channels=None if move.channels is None else rank[move.channels])
+        for name, move in walk.moves.items()
+    }
     used = {str(n.target) for n in walk.module.graph.nodes if n.op == "call_module"}
-    unused = tuple(name for name, m in original.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and name not in used
-                   and not any(name.startswith(leaf + ".") for leaf in used))
+    unused = tuple(
+        name
+        for name, m in original.named_modules()
+        if isinstance(m, (nn.Conv2d, nn.Linear))
+        and name not in used
+        and not any(name.startswith(leaf + ".") for leaf in used)
+    )
     known = set(walk.layers) | set(walk.norm_nodes)
     tensors = {**dict(walk.module.named_parameters()), **dict(walk.module.named_buffers())}
-    others = sum(t.numel() for name, t in tensors.items() if name.rpartition(".")[0] not in known and t.is_floating_point())
+    others = sum(
+        t.numel() for name, t in tensors.items() if name.rpartition(".")[0] not in known and t.is_floating_point()
+    )
     return Network(walk.module, example, layers, spaces, norms, values, plans, unused, others)
 
 
@@ -95,5 +122,5 @@ def _norm(walk: Walk, name: str) -> NormSpec:
     alone = len(nodes) == 1 and source.op == "call_module" and len(source.users) == 1
     into = str(source.target) if alone and len(walk.layer_nodes.get(str(source.target), ())) == 1 else None
     order = list(walk.module.graph.nodes)
-    later = [n for n in order[order.index(nodes[0]):] if n.op == "call_module" and n.target in walk.layers]
+    later = [n for n in order[order.index(nodes[0]) :] if n.op == "call_module" and n.target in walk.layers]
     return NormSpec(name, walk.norm_channels[name], into, str(later[0].target) if later else list(walk.layers)[-1])

@@ -71,10 +71,13 @@ def check_settings(
     *, epochs: int = 0, lr: float = 0.1, warmup: float = 0.1, temperature: float = 4.0, distill: float = 0.5,
     clip_grad: float | None = None, **others,
 ) -> None:  # fmt: skip
-    """Raise AjpqError where `fit` would not take these settings; for callers that want to know before they spend time."""
+    """Raise AjpqError where `fit` would not take these settings; for callers that want to know before they spend
+    time.
+    """
     rules = {
         "epochs >= 0": epochs >= 0, "0 < lr < inf": 0 < lr < math.inf, "0 <= warmup < 1": 0 <= warmup < 1,
-        "temperature > 0": temperature > 0, "0 <= distill <= 1": 0 <= distill <= 1, "clip_grad > 0": clip_grad is None or clip_grad > 0,
+        "temperature > 0": temperature > 0, "0 <= distill <= 1": 0 <= distill <= 1,
+        "clip_grad > 0": clip_grad is None or clip_grad > 0,
     }  # fmt: skip
     for rule, holds in rules.items():
         if not holds:
@@ -96,7 +99,7 @@ def fit(
     = (1 - distill) * cross entropy + distill * temperature^2 * KL(teacher || model), both softened by `temperature`.
     clip_grad: the largest norm of the whole gradient. on_epoch(epoch, row): called after each epoch, counted from 1.
     seed: of torch's global generator while training (dropout, unseeded loaders); it is put back afterwards. An
-    interrupt passes through and leaves the model as the last step made it. Raises AjpqError for bad settings, for
+        interrupt passes through and leaves the model as the last step made it. Raises AjpqError for bad settings, for
     batches without images, and when the loss is not finite.
     """
     check_settings(epochs=epochs, lr=lr, warmup=warmup, temperature=temperature, distill=distill, clip_grad=clip_grad)

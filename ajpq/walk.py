@@ -1,5 +1,5 @@
-"""The walk over the graph: runs the network on an example and finds out what becomes of every channel. It is total: whatever it does
-not know makes the channels involved not prunable, with the reason kept, and never loses a layer."""
+"""The walk over the graph: runs the network on an example and finds out what becomes of every channel. It is total:
+whatever it does not know makes the channels involved not prunable, with the reason kept, and never loses a layer."""
 
 from __future__ import annotations
 
@@ -45,7 +45,10 @@ class Walk(fx.Interpreter):
         inputs = [value for n in node.all_input_nodes for value in _flat(self.values.get(n.name))]
         if node.op == "placeholder":
             if not isinstance(out, Tensor) or out.ndim < 2:
-                raise AjpqError(f"forward must take one tensor (N, C, ...), but argument {node.target!r} is {out!r}; wrap the module")
+                raise AjpqError(
+                    f"forward must take one tensor (N, C, ...), but argument {node.target!r} is {out!r}; wrap "
+                    "the module"
+                )
             self._set(node, out, self.sets.fresh(out.shape[1], "network input"))
             return
         if node.op == "output":
@@ -74,15 +77,27 @@ class Walk(fx.Interpreter):
         elif not self._channelwise(node, module, name, args, kwargs, inputs, out):
             self._unknown(node, module, inputs, out)
 
-    def _channelwise(self, node: fx.Node, module: nn.Module | None, name: str, args: tuple, kwargs: dict,
-                     inputs: list[Value], out: Any) -> bool:
+    def _channelwise(
+        self,
+        node: fx.Node,
+        module: nn.Module | None,
+        name: str,
+        args: tuple,
+        kwargs: dict,
+        inputs: list[Value],
+        out: Any,
+    ) -> bool:
         """Operations that keep channels where they are, merge or list them. False if this is none of them."""
         if not isinstance(out, Tensor) or any(value.ids is None for value in inputs):
             return False
         first = inputs[0]
         scalar_const = all(t.numel() == 1 for t in self._constants(node))
         if name in ops.ELEMENTWISE or (len(inputs) == 1 and name in (ops.MERGE | ops.DIVIDE) and scalar_const):
-            if len(inputs) > 1 or out.shape != first.shape or (name == "prelu" and module is not None and module.weight.numel() > 1):
+            if (
+                len(inputs) > 1
+                or out.shape != first.shape
+                or (name == "prelu" and module is not None and module.weight.numel() > 1)
+            ):
                 return False
             self._set(node, out, first.ids, first.zero and self._keeps_zero(node, args, kwargs, first.shape))
         elif name in ops.SPATIAL:
@@ -128,7 +143,9 @@ class Walk(fx.Interpreter):
         if depthwise:
             writes = np.repeat(reads, c_out // c_in)
         else:
-            writes = known.writes if known else self.sets.fresh(c_out, "" if plain else f"{name} is not applied to (N, C)")
+            writes = (
+                known.writes if known else self.sets.fresh(c_out, "" if plain else f"{name} is not applied to (N, C)")
+            )
         if known:  # a module called twice: one set of kernels
             self.sets.unite(known.reads, reads)
             self.sets.unite(known.writes, writes)
@@ -142,9 +159,19 @@ class Walk(fx.Interpreter):
         positions = int(np.prod(hw)) if conv else int(np.prod(out.shape[1:-1]))
         self.layer_nodes.setdefault(name, []).append(node)
         self.layers[name] = LayerSpec(
-            name, "depthwise" if depthwise else "conv" if conv else "linear", c_in, c_out, groups,
-            module.kernel_size if conv else (1, 1), module.stride if conv else (1, 1), hw,
-            positions + (known.positions if known else 0), reads, writes, module.bias is not None)
+            name,
+            "depthwise" if depthwise else "conv" if conv else "linear",
+            c_in,
+            c_out,
+            groups,
+            module.kernel_size if conv else (1, 1),
+            module.stride if conv else (1, 1),
+            hw,
+            positions + (known.positions if known else 0),
+            reads,
+            writes,
+            module.bias is not None,
+        )
         if plain:
             self._set(node, out, writes)
         else:
@@ -156,7 +183,12 @@ class Walk(fx.Interpreter):
         if len(inputs) == 1:  # x + x, x * x
             inputs = inputs * 2
         a, b = inputs
-        if len(inputs) != 2 or len(a.shape) != len(b.shape) or a.shape[0] != b.shape[0] or out.shape[1] != max(a.shape[1], b.shape[1]):
+        if (
+            len(inputs) != 2
+            or len(a.shape) != len(b.shape)
+            or a.shape[0] != b.shape[0]
+            or out.shape[1] != max(a.shape[1], b.shape[1])
+        ):
             return False
         zero = (a.zero or b.zero) if name.strip("i") in ("mul", "multiply") else (a.zero and b.zero)
         if a.shape[1] == b.shape[1]:
@@ -168,7 +200,9 @@ class Walk(fx.Interpreter):
             self._set(node, out, many.ids, many.zero if "mul" in name else False)
         return True
 
-    def _pad(self, node: fx.Node, module: nn.Module | None, args: tuple, kwargs: dict, value: Value, out: Tensor) -> bool:
+    def _pad(
+        self, node: fx.Node, module: nn.Module | None, args: tuple, kwargs: dict, value: Value, out: Tensor
+    ) -> bool:
         if module is not None:
             pads, fill, mode = list(module.padding), getattr(module, "value", 0), "constant"
         else:
@@ -176,8 +210,8 @@ class Walk(fx.Interpreter):
             mode = kwargs.get("mode", args[2] if len(args) > 2 else "constant")
             fill = kwargs.get("value", args[3] if len(args) > 3 else 0) or 0
         pads += [0] * (2 * out.ndim - len(pads))
-        channel = pads[2 * (out.ndim - 2): 2 * (out.ndim - 1)]  # pads are listed from the last dimension backwards
-        if any(pads[2 * (out.ndim - 1):]) or min(channel) < 0:
+        channel = pads[2 * (out.ndim - 2) : 2 * (out.ndim - 1)]  # pads are listed from the last dimension backwards
+        if any(pads[2 * (out.ndim - 1) :]) or min(channel) < 0:
             return False
         if not any(channel):
             self._set(node, out, value.ids, value.zero and (fill == 0 or mode != "constant"))
@@ -199,10 +233,15 @@ class Walk(fx.Interpreter):
             self.values[node.name], run, given = picked, None, None
             outs = picked
         else:
+
             def run(index: Tensor, a: tuple, k: dict) -> Any:
                 if module is not None:
                     return module(index)
-                return node.target(index, *a[1:], **k) if node.op == "call_function" else getattr(index, node.target)(*a[1:], **k)
+                return (
+                    node.target(index, *a[1:], **k)
+                    if node.op == "call_function"
+                    else getattr(index, node.target)(*a[1:], **k)
+                )
 
             root = self.values[source.root]
             given = source if source.cells is None or node.all_input_nodes[0].name in self.moves else None
@@ -218,16 +257,27 @@ class Walk(fx.Interpreter):
         move = moves.plan(node, name, run, args, kwargs, given, outs, self.values[outs.root])
         if move is not None:
             self.moves[node.name] = move
-        elif outs.ids is not None:  # an intermediate of several dimensions may still lead to a gather; this one will be read
+        elif (
+            outs.ids is not None
+        ):  # an intermediate of several dimensions may still lead to a gather; this one will be read
             self._freeze(outs, f"{ops.told(node, module)} mixes channels with positions")
 
     def _unknown(self, node: fx.Node, module: nn.Module | None, inputs: list[Value], out: Any) -> None:
         told = ops.told(node, module)
         for value in inputs:
             self._freeze(value, f"{told} is not known to keep channels apart")
-        values = [Value(tuple(t.shape), self.sets.fresh(t.shape[1], f"output of {told}") if t.ndim > 1 else
-                        self.sets.fresh(1, f"output of {told}"), True, node.name)
-                  for t in _leaves(out) if isinstance(t, Tensor)]
+        values = [
+            Value(
+                tuple(t.shape),
+                self.sets.fresh(t.shape[1], f"output of {told}")
+                if t.ndim > 1
+                else self.sets.fresh(1, f"output of {told}"),
+                True,
+                node.name,
+            )
+            for t in _leaves(out)
+            if isinstance(t, Tensor)
+        ]
         if isinstance(out, Tensor):
             self.values[node.name] = values[0]
         elif len(values) == len(list(_leaves(out))):
@@ -249,7 +299,9 @@ class Walk(fx.Interpreter):
         def swap(a: Any) -> Any:
             return torch.zeros(shape) if isinstance(a, Tensor) and tuple(a.shape) == shape else a
 
-        return not bool(getattr(self, node.op)(node.target, tuple(map(swap, args)), {k: swap(v) for k, v in kwargs.items()}).any())
+        return not bool(
+            getattr(self, node.op)(node.target, tuple(map(swap, args)), {k: swap(v) for k, v in kwargs.items()}).any()
+        )
 
 
 def _flat(value: Any) -> list[Value]:

@@ -20,7 +20,9 @@ def constant(value: float = 0.0) -> Controller:
     return lambda observation: np.full(2, value, np.float32)
 
 
-def rollout(problem: Problem, views: dict[str, View], controllers: dict[str, Controller]) -> tuple[Score, dict[str, list]]:
+def rollout(
+    problem: Problem, views: dict[str, View], controllers: dict[str, Controller]
+) -> tuple[Score, dict[str, list]]:
     """One episode of both controllers: its score, and for each the (observation, action) pairs of its turns."""
     draft = problem.draft()
     taken: dict[str, list] = {"layer": [], "channel": []}
@@ -88,8 +90,13 @@ class CompressionEnv(gymnasium.Env):
 
     metadata = {"render_modes": []}
 
-    def __init__(self, problem: Problem, controls: str = "layer", partner: Controller | None = None,
-                 views: dict[str, View] | None = None) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        controls: str = "layer",
+        partner: Controller | None = None,
+        views: dict[str, View] | None = None,
+    ) -> None:
         if controls not in ("layer", "channel"):
             raise AjpqError(f"controls must be 'layer' or 'channel', but it is {controls!r}; choose one")
         self.problem, self.controls, self.partner = problem, controls, partner or constant()
@@ -98,9 +105,14 @@ class CompressionEnv(gymnasium.Env):
         self.action_space = self.views[controls].action_space
         self._advance()
         if turn(self.draft) is None:
-            what = "prunable space and no choice of act_bits" if controls == "layer" else "layer with a choice of widths"
-            raise AjpqError(f"an environment must have something to decide, but for controls={controls!r} this network has no {what}; "
-                            "widen the choices or control the other half")
+            what = (
+                "prunable space and no choice of act_bits" if controls == "layer" else "layer with a choice of widths"
+            )
+            raise AjpqError(
+                f"an environment must have something to decide, but for controls={controls!r} this network has "
+                f"no {what}; "
+                "widen the choices or control the other half"
+            )
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
         super().reset(seed=seed)
@@ -114,7 +126,13 @@ class CompressionEnv(gymnasium.Env):
             return self.views[self.controls].observe(self.draft), 0.0, False, False, {}
         policy = self.draft.policy()
         score = self.problem.score(policy)
-        return np.zeros(self.observation_space.shape, np.float32), float(score.reward), True, False, {"score": score, "policy": policy}
+        return (
+            np.zeros(self.observation_space.shape, np.float32),
+            float(score.reward),
+            True,
+            False,
+            {"score": score, "policy": policy},
+        )
 
     def _advance(self) -> None:
         self.draft = self.problem.draft()

@@ -1,5 +1,6 @@
-"""What each controller sees of a draft and what its actions mean. A view is the whole interface between the two worlds: to
-change observations or the decoding of actions, write another class with these four members and pass it on."""
+"""What each controller sees of a draft and what its actions mean. A view is the whole interface between the two
+worlds: to change observations or the decoding of actions, write another class with these four members and pass it
+    on."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ from ajpq.problem import Problem
 
 
 class View(Protocol):
-    """observation_space, action_space: Box spaces. observe(draft) -> observation; apply(draft, action) answers the draft's present
-    decision (a layer controller: all of the present layer's sparsity and activation decisions)."""
+    """observation_space, action_space: Box spaces. observe(draft) -> observation; apply(draft, action) answers the
+    draft's present decision (a layer controller: all of the present layer's sparsity and activation decisions)."""
 
     observation_space: spaces.Box
     action_space: spaces.Box
@@ -67,8 +68,13 @@ class _Features:
         ]
         self.rows = np.stack([np.asarray(c, float) for c in columns], axis=1)  # (n_layers, 10)
         self.index = {layer.name: i for i, layer in enumerate(layers)}
-        self.rest = np.stack([1 - np.cumsum([getattr(layer, what) for layer in layers]) / getattr(problem.network, what)
-                              for what in ("weights", "macs")], axis=1)  # (n_layers, 2): share of the layers behind this one
+        self.rest = np.stack(
+            [
+                1 - np.cumsum([getattr(layer, what) for layer in layers]) / getattr(problem.network, what)
+                for what in ("weights", "macs")
+            ],
+            axis=1,
+        )  # (n_layers, 2): share of the layers behind this one
         self.problem = problem
 
     def of(self, draft: Draft) -> tuple[int, list[float]]:
@@ -124,10 +130,20 @@ class ChannelView:
         here = draft.weight_bits(decision.layer.name)
         kept = float((here > 0).mean())
         importance = float(scores[decision.kernels].mean() / max(scores.max(), 1e-12))
-        return np.array([
-            *features, 1 - kept, decision.block / decision.blocks, len(decision.kernels) / len(here), np.clip(importance, 0, 1),
-            min(decision.options[-1] / 8, 1), min(draft.act_bits(decision.layer.name) / 8, 1),
-            draft.last_width / 8, self._features.mean_width(draft, at - 1)], np.float32)
+        return np.array(
+            [
+                *features,
+                1 - kept,
+                decision.block / decision.blocks,
+                len(decision.kernels) / len(here),
+                np.clip(importance, 0, 1),
+                min(decision.options[-1] / 8, 1),
+                min(draft.act_bits(decision.layer.name) / 8, 1),
+                draft.last_width / 8,
+                self._features.mean_width(draft, at - 1),
+            ],
+            np.float32,
+        )
 
     def apply(self, draft: Draft, action: np.ndarray) -> None:
         draft.take(pick(draft.decision.options, action[0]))
