@@ -89,7 +89,7 @@ class Hierarchical:
         rng = np.random.default_rng(self.seed)
         rewards: list[float] = []
         waiting: list[tuple[float, dict]] = []  # episodes of the warm-up, until their mean and deviation are known
-        mean = deviation = None
+        mean, deviation = 0.0, 1.0
         for episode in range(
             1, self.evaluations * 3 + 1
         ):  # an episode that ends in a known policy is not an evaluation

@@ -38,7 +38,7 @@ class InputRange:
             lo, hi = act_range(bits, self.signed)
             edges = np.linspace(self.low, self.high, BINS + 1)
             x, p = (edges[:-1] + edges[1:]) / 2, self.counts / max(self.counts.sum(), 1)
-            top = max(self.high / hi, self.low / lo if lo else 0.0, 1e-8)
+            top = max(self.high / hi if hi else 0.0, self.low / lo if lo else 0.0, 1e-8)
             steps = top * np.linspace(1.0, 0.05, 64)
             errors = [(p * (np.clip(np.round(x / s), lo, hi) * s - x) ** 2).sum() for s in steps]
             self._steps[bits] = float(steps[int(np.argmin(errors))])

@@ -73,6 +73,7 @@ class Value:
     root: str
     index: np.ndarray | None = None
     cells: np.ndarray | None = None
+    planned: bool = False  # for moved tensors: surgery knows how to re-emit it
 
     @property
     def axis(self) -> int | None:

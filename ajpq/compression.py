@@ -58,28 +58,21 @@ def freeze(student: fx.GraphModule) -> fx.GraphModule:
     float16, because scales are per kernel); any other becomes a `ChannelAffine`. Dropout disappears.
     """
     old = copy.deepcopy(student).eval()
-    calls: dict[str, int] = {}
-    for node in old.graph.nodes:
-        if node.op == "call_module":
-            calls[node.target] = calls.get(node.target, 0) + 1
+    names = {str(node.target) for node in old.graph.nodes if node.op == "call_module"}
     for node in list(old.graph.nodes):
         module = old.get_submodule(node.target) if node.op == "call_module" else None
         if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm1d)) and module.running_mean is not None:
             gain, shift = _affine(module)
             source = node.args[0]
             layer = old.get_submodule(source.target) if source.op == "call_module" else None
-            if (
-                isinstance(layer, _LAYERS)
-                and len(source.users) == 1
-                and calls[source.target] == calls[node.target] == 1
-            ):
+            if isinstance(layer, _LAYERS) and node.meta.get("folds_into") == source.target:
                 old.set_submodule(source.target, _frozen(layer, gain, shift))
                 _bypass(old.graph, node, source)
             else:
                 old.set_submodule(node.target, ChannelAffine(gain, shift))
         elif node.op not in ("placeholder", "output", "get_attr") and "dropout" in ops.name_of(node, module):
             _bypass(old.graph, node, node.all_input_nodes[0])
-    for name in calls:
+    for name in names:
         module = old.get_submodule(name)
         if isinstance(module, _LAYERS):
             old.set_submodule(name, _frozen(module, None, None))

@@ -144,10 +144,10 @@ class Draft:
         """The smallest sparsity of these spaces from which every budget can be reached, on the grid of the largest."""
         size = max(self.space.network.spaces[s].size for s in spaces)
         top = self.space.choices.max_sparsity
-        low, high = 0, int(np.floor(top * size + 1e-9))
+        low, high = 0, int(np.ceil(top * size))
         while low < high:
             middle = (low + high) // 2
-            if self.budget.fits(self._pruned(spaces, middle / size)[2].sum(axis=0)):
+            if self.budget.fits(self._pruned(spaces, min(middle / size, top))[2].sum(axis=0)):
                 high = middle
             else:
                 low = middle + 1

@@ -152,6 +152,13 @@ class Network:
                 found[s].append(layer.name)
         return tuple(map(tuple, found))
 
+    @cached_property
+    def groups(self) -> tuple[np.ndarray, ...]:
+        """The distinct sets of channels that tensors of the graph and kernels hold; one of each must survive."""
+        found = [*self.values.values(), *(layer.inputs_of_a_kernel for layer in self.layers)]
+        unique = {ids.tobytes(): ids for ids in map(np.unique, found)}
+        return tuple(unique.values())
+
     @property
     def weights(self) -> int:
         return sum(layer.weights for layer in self.layers)
@@ -159,6 +166,11 @@ class Network:
     @property
     def macs(self) -> int:
         return sum(layer.macs for layer in self.layers)
+
+    def writers_of(self, channels: np.ndarray) -> tuple[str, ...]:
+        """Layers whose kernels write any of these channels."""
+        spaces = (self.spaces[s] for s in np.unique(self.space_of[channels]))
+        return tuple(dict.fromkeys(name for space in spaces for name in space.writers))
 
     def why_not(self, layer: LayerSpec) -> str:
         """Why kernels of this layer cannot be pruned; empty when all can."""

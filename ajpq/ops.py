@@ -5,6 +5,7 @@ Anything not listed is an unknown operation: it runs as it is, and the channels 
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from torch import fx, nn
@@ -38,13 +39,14 @@ DIVIDE = frozenset("truediv itruediv div divide floordiv floor_divide".split())
 MOVE = frozenset(
     """
     view reshape flatten unflatten permute transpose swapaxes swapdims movedim moveaxis unsqueeze squeeze chunk split
-    tensor_split unbind narrow select getitem expand expand_as view_as reshape_as repeat tile repeat_interleave
+    tensor_split unbind narrow select getitem expand repeat tile repeat_interleave
     roll flip
     index_select pixelshuffle pixel_shuffle pixelunshuffle pixel_unshuffle channelshuffle channel_shuffle
     native_channel_shuffle contiguous clone detach
 """.split()
 )
 
+EXPAND = frozenset("expand_as".split())
 CONCAT = frozenset("cat concat concatenate".split())
 PAD = frozenset("pad zeropad2d constantpad2d".split())
 REDUCE = frozenset("mean sum amax amin".split())
@@ -64,3 +66,14 @@ def told(node: fx.Node, module: nn.Module | None) -> str:
     if module is not None:
         return f"{type(module).__name__} {node.target!r}"
     return f"{node.target!r}" if isinstance(node.target, str) else f"{name_of(node, None)!r}"
+
+
+_IN_PLACE = frozenset((operator.iadd, operator.isub, operator.imul, operator.itruediv))
+
+
+def in_place(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether the operation writes its result into its first input."""
+    if module is not None:
+        return bool(getattr(module, "inplace", False))
+    named = node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).startswith("_")
+    return named or node.target in _IN_PLACE or bool(node.kwargs.get("inplace", False))

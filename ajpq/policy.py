@@ -88,11 +88,18 @@ class CompressionPolicy:
                     f"{int(self.weight_bits[layer.name][k])} "
                     f"bits while another of {', '.join(space.writers)} has 0; give 0 bits to all of them or to none"
                 )
+        for layer in network.layers:
             if not alive[layer.writes].any() or not alive[layer.reads].any():
                 what = "kernel" if not alive[layer.writes].any() else "input channel"
                 raise AjpqError(
                     f"every layer must keep at least one kernel and one input, but {layer.name!r} keeps no {what}; "
                     "prune fewer channels"
+                )
+        for name, ids in network.values.items():
+            if not alive[ids].any():
+                raise AjpqError(
+                    f"every tensor must keep at least one channel, but the output of {name!r} keeps none of its "
+                    f"{len(ids)}; prune fewer kernels of {', '.join(network.writers_of(ids))}"
                 )
 
     def to_json(self) -> str:

@@ -43,7 +43,7 @@ def usable(scale: Tensor) -> Tensor:
 
 
 def encode(weight: Tensor, bits: Tensor, scale: Tensor) -> Tensor:
-    """Nearest codes. weight (c_out, ...), bits and scale (c_out,) -> int8 (c_out, ...), 0 for kernels of 0 or 32 bits."""
+    """Nearest codes. weight (c_out, ...), bits, scale (c_out,) -> int8 (c_out, ...); 0 for kernels of 0 or 32 bits."""
     lo, hi, offset = (_per_kernel(t, weight) for t in grid(bits))
     return torch.round(torch.clamp(weight / _per_kernel(usable(scale), weight) - offset, lo, hi)).to(torch.int8)
 
@@ -92,12 +92,12 @@ def fake_quantize(weight: Tensor, bits: Tensor, scale: Tensor) -> Tensor:
     return torch.where(_per_kernel(bits == FLOAT, weight), weight, (codes + offset) * s)
 
 
-def fit_scale(weight: Tensor, bits: Tensor, candidates: int = 16) -> Tensor:
+def fit_scale(weight: Tensor, bits: Tensor, candidates: int = 32) -> Tensor:
     """Scale of every kernel that (nearly) minimises its squared quantization error, float32 (c_out,).
 
-    Tries `candidates` clipping points from the full range down to 0.2 of it, refines each by one least-squares step
-    ``s = <w, q> / <q, q>`` and keeps the best; 1 bit then has its closed form ``s = 2 mean|w|``. All-zero kernels get
-    1.
+    Tries `candidates` clipping points from 1.15 of the full range down to 0.2 of it, refines each by one least-squares
+    step ``s = <w, q> / <q, q>`` and keeps the best; 1 bit then has its closed form ``s = 2 mean|w|``. All-zero kernels
+    get 1.
     """
     flat = weight.detach().reshape(len(weight), -1)
     lo, hi, offset = (t[:, None] for t in grid(bits))
@@ -106,7 +106,7 @@ def fit_scale(weight: Tensor, bits: Tensor, candidates: int = 16) -> Tensor:
     peak = torch.where(peak > 0, peak, torch.ones_like(peak))
     best = peak / top
     least = torch.full_like(peak, torch.inf)
-    for clip in torch.linspace(1.0, 0.2, candidates).tolist():
+    for clip in torch.linspace(1.15, 0.2, candidates).tolist():
         s = peak * clip / top
         q = torch.round(torch.clamp(flat / s - offset, lo, hi)) + offset
         energy = (q * q).sum(dim=1, keepdim=True)
@@ -142,7 +142,7 @@ class _ActSTE(torch.autograd.Function):
         t = x / scale
         inside = (t >= lo) & (t <= hi)
         step = torch.where(inside, (out - x) / scale, t.clamp(lo, hi))  # d out / d scale
-        return grad * inside, (grad * step).sum() / (x[0].numel() * len(x) * hi) ** 0.5, None, None
+        return grad * inside, (grad * step).sum() / (x.numel() * max(hi, 1)) ** 0.5, None, None
 
 
 def _act(x: Tensor, scale: Tensor, lo: int, hi: int) -> Tensor:

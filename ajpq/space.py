@@ -74,15 +74,14 @@ class SearchSpace:
 
     @cached_property
     def essential(self) -> np.ndarray:
-        """bool (n_channels,): never pruned, so that every layer keeps an input and a kernel, and every space a
-        channel: the most important channel of each space within each layer's inputs and kernels."""
+        """bool (n_channels,): never pruned, so that every tensor and every space keeps a channel: the most important
+        channel of each space within each tensor."""
         keep = ~self.network.prunable
-        for layer in self.network.layers:
-            for ids in (np.unique(layer.inputs_of_a_kernel), np.unique(layer.writes)):
-                owner = self.network.space_of[ids]
-                for s in np.unique(owner):
-                    members = ids[owner == s]
-                    keep[members[np.argmax(self.channel_scores[members])]] = True
+        for ids in self.network.groups:
+            owner = self.network.space_of[ids]
+            for s in np.unique(owner):
+                members = ids[owner == s]
+                keep[members[np.argmax(self.channel_scores[members])]] = True
         for space in self.network.spaces:
             keep[space.channels[np.argmax(self.channel_scores[space.channels])]] = True
         return keep

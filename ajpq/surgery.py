@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from operator import attrgetter
 from typing import Any
 
@@ -90,6 +91,7 @@ class _Emitter:
 
     def graph(self) -> fx.Graph:
         optional = set()
+        folds = {norm.name: norm.folds_into for norm in self.network.norms if norm.folds_into is not None}
         for node in self.network.module.graph.nodes:
             if node.op == "get_attr" and node.target not in self.parts:
                 self.parts[node.target] = attrgetter(node.target)(self.network.module)
@@ -99,6 +101,8 @@ class _Emitter:
             else:
                 emitted = getattr(self, f"_{move.kind}")(node, move)
             self.env[node.name] = emitted
+            if node.op == "call_module" and node.target in folds:
+                emitted.meta["folds_into"] = folds[node.target]
             module = self.network.module.get_submodule(node.target) if node.op == "call_module" else None
             if node.op not in ("placeholder", "output") and ops.name_of(node, module) in ops.MOVE:
                 optional.add(emitted)
@@ -114,12 +118,15 @@ class _Emitter:
         return np.flatnonzero(self.alive[ids])
 
     def _gather(self, node: fx.Node, move: Any) -> fx.Node:
+        if self.alive[self.network.values[move.root]].all():
+            return self.new.node_copy(node, lambda n: self.env[n.name])
         root = self.env[move.root]
         source = self._kept(self.network.values[move.root])  # old positions that the new root still has
         wanted = move.index[self._kept(self.network.values[node.name])]
         index = np.searchsorted(source, wanted)
         if len(index) == len(source) and (index == np.arange(len(source))).all():
-            return root
+            copied = node.op != "call_module" and ops.name_of(node, None) == "clone"  # what follows may write in place
+            return self.new.call_method("clone", (root,)) if copied else root
         if len(index) and (np.diff(index) == 1).all():
             return self.new.call_function(torch.narrow, (root, 1, int(index[0]), len(index)))
         name = f"_channels_of_{node.name}"
@@ -144,11 +151,11 @@ class _Emitter:
         return emitted
 
 
+_SIZES = frozenset(
+    (getattr, operator.getitem, operator.floordiv, operator.mul, operator.add, operator.sub, operator.truediv)
+)
+
+
 def _is_size(node: fx.Node) -> bool:
-    """Whether the node only computes sizes: getattr(x, "shape"), x.size(), and arithmetic on what they give."""
-    return (
-        ops.name_of(node, None)
-        in ("getattr", "size", "getitem", "floordiv", "mul", "sub", "add", "truediv", "floor_divide")
-        if node.op in ("call_function", "call_method")
-        else False
-    )
+    """Whether the node may compute sizes: x.shape, x.size(), and arithmetic on what they give."""
+    return node.target == "size" if node.op == "call_method" else node.op == "call_function" and node.target in _SIZES

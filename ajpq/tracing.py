@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from ajpq.channels import Value
 from ajpq.errors import AjpqError
 from ajpq.network import Network, NormSpec, Space
+from ajpq.proof import proven
 from ajpq.walk import Walk
 
 
@@ -60,7 +61,7 @@ def trace(model: nn.Module, example: Tensor) -> Network:
             f"a network must have a Conv2d or Linear module that its forward calls, but {type(model).__name__} "
             "has none (F.conv2d is invisible as a layer); use modules"
         )
-    return assemble(walk, private, example)
+    return proven(assemble(walk, private, example))
 
 
 def assemble(walk: Walk, original: nn.Module, example: Tensor) -> Network:
@@ -119,8 +120,13 @@ def assemble(walk: Walk, original: nn.Module, example: Tensor) -> Network:
 def _norm(walk: Walk, name: str) -> NormSpec:
     nodes = walk.norm_nodes[name]
     source = nodes[0].all_input_nodes[0]
-    alone = len(nodes) == 1 and source.op == "call_module" and len(source.users) == 1
-    into = str(source.target) if alone and len(walk.layer_nodes.get(str(source.target), ())) == 1 else None
+    layer = walk.layers.get(str(source.target)) if source.op == "call_module" else None
+    absorbed = (
+        layer is not None
+        and len(nodes) == len(walk.layer_nodes[layer.name]) == len(source.users) == 1
+        and np.array_equal(walk.norm_channels[name], layer.writes)
+    )
+    into = layer.name if absorbed else None
     order = list(walk.module.graph.nodes)
     later = [n for n in order[order.index(nodes[0]) :] if n.op == "call_module" and n.target in walk.layers]
     return NormSpec(name, walk.norm_channels[name], into, str(later[0].target) if later else list(walk.layers)[-1])

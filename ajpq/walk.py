@@ -76,6 +76,14 @@ class Walk(fx.Interpreter):
             self._move(node, module, name, args, kwargs, out)
         elif not self._channelwise(node, module, name, args, kwargs, inputs, out):
             self._unknown(node, module, inputs, out)
+        made = self.values.get(node.name)
+        if ops.in_place(node, module) and isinstance(made, Value):
+            for value in (inputs[0], self.values[inputs[0].root]):
+                value.zero = value.zero and made.zero
+            move = self.moves.get(node.all_input_nodes[0].name)
+            if move is not None and move.kind == "gather" and (np.diff(move.index) != 1).any():
+                root = self.values[move.root]  # a gather copies where the original may have been a view
+                self.sets.freeze(root.ids, f"{ops.told(node, module)} writes into a part of it")
 
     def _channelwise(
         self,
@@ -108,14 +116,22 @@ class Walk(fx.Interpreter):
             return self._merge(node, name, inputs, out)
         elif name in ops.CONCAT:
             dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % out.ndim
-            listed = [value for n in node.args[0] for value in _flat(self.values.get(n.name))] if node.args else []
-            if dim == 0 or len(listed) != len(node.args[0]):
+            given = node.args[0] if node.args else node.kwargs.get("tensors", ())
+            nodes = [given] if isinstance(given, fx.Node) else given  # one node that gives a list, or a list of nodes
+            listed = [value for n in nodes for value in _flat(self.values.get(n.name))]
+            if dim == 0 or len(listed) != len(args[0] if args else kwargs.get("tensors", ())):
                 return False
             if dim != 1:
                 for value in listed[1:]:
                     self.sets.unite(first.ids, value.ids)
             ids = np.concatenate([value.ids for value in listed]) if dim == 1 else first.ids
             self._set(node, out, ids, all(value.zero for value in listed))
+        elif name in ops.EXPAND:
+            other = inputs[-1]
+            if len(inputs) > 2 or out.shape != other.shape or len(first.ids) != len(other.ids):
+                return False
+            self.sets.unite(first.ids, other.ids)
+            self._set(node, out, first.ids, first.zero)
         elif name in ops.PAD:
             return self._pad(node, module, args, kwargs, first, out)
         elif name in ops.REDUCE:
@@ -230,37 +246,50 @@ class Walk(fx.Interpreter):
             if picked is None or not isinstance(out, Tensor):
                 self._unknown(node, module, _flat(source), out)
                 return
-            self.values[node.name], run, given = picked, None, None
-            outs = picked
-        else:
-
-            def run(index: Tensor, a: tuple, k: dict) -> Any:
-                if module is not None:
-                    return module(index)
-                return (
-                    node.target(index, *a[1:], **k)
-                    if node.op == "call_function"
-                    else getattr(index, node.target)(*a[1:], **k)
-                )
-
-            root = self.values[source.root]
-            given = source if source.cells is None or node.all_input_nodes[0].name in self.moves else None
-            index = run(moves.index_of(source), args, kwargs)
-            parts = [moves.moved(source, root, t) for t in (index if isinstance(index, (tuple, list)) else (index,))]
-            if any(part is None for part in parts):
-                self._unknown(node, module, [source], out)
+            if picked.cells is None:  # one of several outputs of an unknown operation
+                self._set(node, out, picked.ids, picked.zero)
                 return
-            outs = parts if isinstance(index, (tuple, list)) else parts[0]
-            self.values[node.name] = outs
-        if isinstance(outs, list):
+            self.values[node.name] = outs = picked
+            self._plan(node, module, name, None, args, kwargs, None, outs)
             return
-        move = moves.plan(node, name, run, args, kwargs, given, outs, self.values[outs.root])
+
+        def run(index: Tensor, a: tuple, k: dict) -> Any:
+            if module is not None:
+                return module(index)
+            k = {key: value for key, value in k.items() if key != "input"}
+            return (
+                node.target(index, *a[1:], **k)
+                if node.op == "call_function"
+                else getattr(index, node.target)(*a[1:], **k)
+            )
+
+        index = run(moves.index_of(source), args, kwargs) if source is not None else None
+        several = isinstance(index, (tuple, list))
+        parts = (
+            []
+            if source is None
+            else [moves.moved(source, self.values[source.root], t) for t in (index if several else (index,))]
+        )
+        if not parts or any(part is None for part in parts):
+            self._unknown(node, module, [] if source is None else [source], out)
+            return
+        self.values[node.name] = parts if several else parts[0]
+        if not several:
+            emitted = source.cells is None or source.planned
+            self._plan(node, module, name, run, args, kwargs, source if emitted else None, parts[0])
+
+    def _plan(
+        self, node: fx.Node, module: nn.Module | None, name: str, run: Any, args: tuple, kwargs: dict,
+        source: Value | None, out: Value,
+    ) -> None:  # fmt: skip
+        """Note how a moved value will be re-emitted. Without a way its whole root must stay as it is, unless it is
+        only an intermediate of several dimensions, from which a gather may still lead back to channels."""
+        move = moves.plan(node, name, run, args, kwargs, source, out, self.values[out.root])
         if move is not None:
+            out.planned = True
             self.moves[node.name] = move
-        elif (
-            outs.ids is not None
-        ):  # an intermediate of several dimensions may still lead to a gather; this one will be read
-            self._freeze(outs, f"{ops.told(node, module)} mixes channels with positions")
+        elif out.ids is not None:
+            self._freeze(out, f"{ops.told(node, module)} mixes channels with positions")
 
     def _unknown(self, node: fx.Node, module: nn.Module | None, inputs: list[Value], out: Any) -> None:
         told = ops.told(node, module)
@@ -289,7 +318,9 @@ class Walk(fx.Interpreter):
         self.values[node.name] = Value(tuple(out.shape), ids, zero, node.name)
 
     def _freeze(self, value: Value, why: str) -> None:
-        self.sets.freeze(value.ids if value.ids is not None else value.cells, why)
+        """Freeze the channels of a value; all of its root's where it cannot be re-emitted for fewer of them."""
+        bound = value if value.planned or value.cells is None else self.values[value.root]
+        self.sets.freeze(bound.cells if bound.ids is None else bound.ids, why)
 
     def _constants(self, node: fx.Node) -> list[Tensor]:
         found = [self.env[n] for n in node.all_input_nodes if n.name not in self.values and n in self.env]
