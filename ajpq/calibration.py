@@ -85,7 +85,7 @@ def calibrate(network: Network, batches: Iterable[tuple[Tensor, Tensor]]) -> Cal
                 recorder.high[name] = max(high, recorder.low[name] + 1e-6)
         for x, *_ in batches:
             images += len(x)
-            recorder.run(x)
+            recorder.run(x.cpu())
     if not images:
         raise AjpqError("calibration needs at least one image, but the loader gave 0; pass training images")
     return {

@@ -19,7 +19,8 @@ from ajpq.walk import Walk
 def trace(model: nn.Module, example: Tensor) -> Network:
     """Prove which channels of `model` belong together.
 
-    model: any module that torch.fx can trace with one tensor argument; a copy is taken, the model is not modified.
+    model: any module that torch.fx can trace with one tensor argument; a copy is taken to the CPU, the model is not
+    modified.
     example: float (N, C, H, W), one input of the size the network will see.
     Raises AjpqError if a weight is not finite, torch.fx cannot trace the module, or it has no conv or linear layer.
     """
@@ -29,7 +30,7 @@ def trace(model: nn.Module, example: Tensor) -> Network:
                 f"weights must be finite, but {name!r} has {int((~torch.isfinite(tensor)).sum())} NaN or inf values "
                 "of " + f"{tensor.numel()}; load another checkpoint or train with a lower learning rate"
             )
-    private = copy.deepcopy(model).eval().requires_grad_(False)
+    private = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     try:
         module = fx.symbolic_trace(private)
     except (
@@ -40,12 +41,12 @@ def trace(model: nn.Module, example: Tensor) -> Network:
             f"{type(model).__name__}.forward must be traceable by torch.fx, but: {reason}; take data-dependent `if`, "
             "`assert` and loops over values out of forward, or put them into a function under torch.fx.wrap"
         ) from error
-    example = example.detach()[:2].float()
+    example = example.detach()[:2].float().cpu()
     example = example if len(example) == 2 else example.repeat(2, *([1] * (example.ndim - 1)))
     walk = Walk(module)
     try:
         with torch.no_grad():
-            walk.run(example.to(next(private.parameters(), example).device))
+            walk.run(example)
     except AjpqError:
         raise
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
