@@ -31,8 +31,15 @@ QUICK = ["train.epochs=6", "search.evaluations=12", "finetune.epochs=6", "thread
 
 def start(folder: Path, *overrides: str, **options) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", "ajpq", *overrides], cwd=folder, env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    return subprocess.Popen(
+        [sys.executable, "-m", "ajpq", *overrides],
+        cwd=folder,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
+    )
 
 
 def command(folder: Path, *overrides: str) -> tuple[int, str, str]:
@@ -84,40 +91,58 @@ def test_metrics_can_be_measured_again_from_the_files(job):
 
 def test_the_same_seed_gives_the_same_policies_and_another_seed_others(job, tmp_path):
     folder, _, _ = job
-    again = [command(tmp_path, *QUICK, "search.warmup=6", "finetune.epochs=0", f"seed={seed}", f"hydra.run.dir=run{seed}") for seed in (0, 1)]
+    again = [
+        command(tmp_path, *QUICK, "search.warmup=6", "finetune.epochs=0", f"seed={seed}", f"hydra.run.dir=run{seed}")
+        for seed in (0, 1)
+    ]
     assert [status for status, _, _ in again] == [0, 0]
-    read = [[json.loads(line)["policy"] for line in (path / "evaluations.jsonl").read_text().splitlines()]
-            for path in (folder, tmp_path / "run0", tmp_path / "run1")]
+    read = [
+        [json.loads(line)["policy"] for line in (path / "evaluations.jsonl").read_text().splitlines()]
+        for path in (folder, tmp_path / "run0", tmp_path / "run1")
+    ]
     assert read[0] == read[1] != read[2]
 
 
 def test_a_policy_of_one_run_is_fine_tuned_by_another(job, tmp_path):
     folder, report, _ = job
-    status, _, err = command(tmp_path, f"checkpoint={folder / 'original.safetensors'}", "search=policy", f"search.path={folder / 'policy.json'}",
-                             "finetune.epochs=1", "threads=1", "hydra.run.dir=run")
+    status, _, err = command(
+        tmp_path,
+        f"checkpoint={folder / 'original.safetensors'}",
+        "search=policy",
+        f"search.path={folder / 'policy.json'}",
+        "finetune.epochs=1",
+        "threads=1",
+        "hydra.run.dir=run",
+    )
     assert status == 0, err
     found = json.loads((tmp_path / "run/report.json").read_text())
     assert found["policy"] == report["policy"] and found["metrics"]["searched"] == report["metrics"]["searched"]
 
 
-@pytest.mark.parametrize("overrides, words", [
-    (["budget.size=0"], ["size", "0 < budget <= 1"]),
-    (["budget.size=1.5"], ["size", "1.5"]),
-    (["budget.size=0.001"], ["size=0.001", "smallest reachable"]),
-    (["budget.size=tiny"], ["budget.size", "'tiny'"]),
-    (["budget.size=null", "budget.macs=null"], ["budget", "empty"]),
-    (["+budget.joules=0.5"], ["joules", "size"]),
-    (["checkpoint=nowhere.pt"], ["nowhere.pt"]),
-    (["data=cifar10", "data.root=no_such_folder"], ["no_such_folder"]),
-    (["search=policy", "search.path=nowhere.json"], ["nowhere.json"]),
-    (["choices.weight_bits=[0,9]"], ["weight_bits", "9"]),
-    (["search.algorithm=PPO"], ["algorithm", "PPO"]),
-    (["train.epochs=-1"], ["epochs"]),
-    (["finetune.lr=0"], ["lr"]),
-    (["model=torchvision", "model.name=resnet18", "data=digits"], ["example input"]),
-])
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["budget.size=0"], ["size", "0 < budget <= 1"]),
+        (["budget.size=1.5"], ["size", "1.5"]),
+        (["budget.size=0.001"], ["size=0.001", "smallest reachable"]),
+        (["budget.size=tiny"], ["budget.size", "'tiny'"]),
+        (["budget.size=null", "budget.macs=null"], ["budget", "empty"]),
+        (["+budget.joules=0.5"], ["joules", "size"]),
+        (["checkpoint=nowhere.pt"], ["nowhere.pt"]),
+        (["data=cifar10", "data.root=no_such_folder"], ["no_such_folder"]),
+        (["search=policy", "search.path=nowhere.json"], ["nowhere.json"]),
+        (["choices.weight_bits=[0,9]"], ["weight_bits", "9"]),
+        (["search.algorithm=PPO"], ["algorithm", "PPO"]),
+        (["train.epochs=-1"], ["epochs"]),
+        (["finetune.lr=0"], ["lr"]),
+        (["model=torchvision", "model.name=resnet18", "data=digits"], ["example input"]),
+    ],
+)
 def test_bad_input_is_one_sentence_before_anything_is_written(overrides, words, tmp_path):
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises((AjpqError, HydraException)) as caught:
+    with (
+        hydra.initialize_config_dir(str(CONF), version_base="1.3"),
+        pytest.raises((AjpqError, HydraException)) as caught,
+    ):
         pipeline.run(hydra.compose("config", ["train.epochs=1", *overrides]), tmp_path)
     sentence = explain(caught.value)
     assert sentence and "\n" not in sentence and all(word in sentence for word in words), sentence
@@ -143,8 +168,15 @@ def _interrupt(folder: Path, ready, *overrides: str) -> tuple[int, str]:
 
 def test_ctrl_c_during_the_search_keeps_the_best_policy(tmp_path):
     record = tmp_path / "run/evaluations.jsonl"
-    status, err = _interrupt(tmp_path, lambda: record.exists() and len(record.read_text().splitlines()) >= 3, "train.epochs=1",
-                             "search=random", "search.evaluations=100000", "threads=1", "hydra.run.dir=run")
+    status, err = _interrupt(
+        tmp_path,
+        lambda: record.exists() and len(record.read_text().splitlines()) >= 3,
+        "train.epochs=1",
+        "search=random",
+        "search.evaluations=100000",
+        "threads=1",
+        "hydra.run.dir=run",
+    )
     assert status == 130 and "interrupted" in err
     rows = [json.loads(line) for line in record.read_text().splitlines()]
     best = max(rows, key=lambda row: (row["reward"], -row["number"]))
@@ -153,8 +185,15 @@ def test_ctrl_c_during_the_search_keeps_the_best_policy(tmp_path):
 
 
 def test_ctrl_c_during_fine_tuning_keeps_a_network(tmp_path):
-    status, err = _interrupt(tmp_path, (tmp_path / "run/policy.json").exists, "train.epochs=1", "search=uniform", "threads=1",
-                             "hydra.run.dir=run", "finetune.epochs=100000")
+    status, err = _interrupt(
+        tmp_path,
+        (tmp_path / "run/policy.json").exists,
+        "train.epochs=1",
+        "search=uniform",
+        "threads=1",
+        "hydra.run.dir=run",
+        "finetune.epochs=100000",
+    )
     assert status == 130 and "interrupted" in err
     assert load(tmp_path / "run")(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
 
@@ -180,7 +219,11 @@ def test_a_fresh_process_computes_the_same_bits(tmp_path):
     ajpq.ship(final, tmp_path)
     x = next(iter(data.test))[0]
     torch.save(x, tmp_path / "x.pt")
-    subprocess.run([sys.executable, "-c", FRESH, tmp_path, tmp_path / "x.pt", tmp_path / "y.pt"], check=True, cwd=tmp_path,
-                   env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    subprocess.run(
+        [sys.executable, "-c", FRESH, tmp_path, tmp_path / "x.pt", tmp_path / "y.pt"],
+        check=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
     with torch.no_grad():
         assert torch.equal(torch.load(tmp_path / "y.pt", weights_only=True), final(x))

@@ -26,14 +26,16 @@ from ajpq.models import digits_cnn
 torch.manual_seed(0)
 torch.set_num_threads(1)
 data, model = digits(), digits_cnn()
-as_loader = lambda batches: torch.utils.data.DataLoader([(x, y) for X, Y in batches for x, y in zip(X, Y)], batch_size=64)
+as_loader = lambda split: torch.utils.data.DataLoader([(x, y) for X, Y in split for x, y in zip(X, Y)], batch_size=64)
 train, held_out = as_loader(data.train), as_loader(data.search)
 """
 
 
 def run(folder: Path, *arguments: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, text=True, capture_output=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, text=True, capture_output=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -42,7 +44,9 @@ def test_the_python_script_of_ten_lines(tmp_path):
     script = next(block for block in BLOCKS if "ajpq.Problem" in block)
     assert len([line for line in script.splitlines() if line.strip()]) <= 10
     (tmp_path / "my_net.py").write_text(MY_NET)
-    (tmp_path / "script.py").write_text(script.replace("evaluations=100", "evaluations=4").replace("epochs=20", "epochs=1"))
+    (tmp_path / "script.py").write_text(
+        script.replace("evaluations=100", "evaluations=4").replace("epochs=20", "epochs=1")
+    )
     out = run(tmp_path, "script.py")
     assert "size" in out and (tmp_path / "small/model.safetensors").stat().st_size > 1000
 

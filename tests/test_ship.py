@@ -17,9 +17,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ajpq import quantize
+from ajpq.bitstream import read_bits, write_bits
 from ajpq.errors import AjpqError
 from ajpq.layers import ActQuant, ChannelAffine, FrozenLayer, Geometry, QuantLayer
-from ajpq.bitstream import read_bits, write_bits
 from ajpq.packing import pack, unpack
 from ajpq.shipping import FILE, describe, load, read_header, ship, to_bytes
 

@@ -1,0 +1,180 @@
+"""The searches, on problems whose best policy is known."""
+
+import numpy as np
+import pytest
+import stable_baselines3
+from nets import problem_of
+
+from agents.hierarchical import Hierarchical
+from agents.random_search import RandomSearch
+from agents.uniform import Uniform
+from ajpq.errors import AjpqError
+from ajpq.policy import CompressionPolicy
+from ajpq.problem import Problem, SearchResult
+from ajpq.space import Choices
+from envs.views import ChannelView, LayerView
+
+FREE = Choices(weight_bits=(0, 2, 4, 8), first_last=None, blocks=2)
+
+
+def widest(policy: CompressionPolicy) -> float:
+    """1 where every kernel has 8 bits: the best policy is known."""
+    return policy.mean_bits() / 8
+
+
+def narrowest(policy: CompressionPolicy) -> float:
+    """Highest where every kernel is pruned that may be, and all others have 2 bits."""
+    return 1 - policy.mean_bits() / 8
+
+
+def on(evaluator, limit: float = 0.5, choices: Choices = FREE) -> Problem:
+    return problem_of(budget={"size": limit}, evaluator=evaluator, choices=choices)
+
+
+def digests(result: SearchResult) -> list[str]:
+    return [evaluation.policy.digest() for evaluation in result.history]
+
+
+def mean_reward(make, evaluator, seeds: int = 2) -> float:
+    return float(np.mean([make(seed).search(on(evaluator)).score.reward for seed in range(seeds)]))
+
+
+@pytest.mark.parametrize("evaluator", (widest, narrowest))
+def test_hierarchical_learns_and_beats_random_at_equal_evaluations(evaluator):
+    """The two optima are opposite corners: an actor that saturates whatever the reward says finds one at most."""
+    best = evaluator(on(evaluator).space.homogeneous(8) if evaluator is widest else on(evaluator).space.cheapest())
+    learned = mean_reward(lambda seed: Hierarchical(30, seed, warmup=12), evaluator)
+    drawn = mean_reward(lambda seed: RandomSearch(30, seed), evaluator)
+    assert learned > drawn + 0.03
+    assert best - learned < 0.5 * (best - drawn)
+
+
+@pytest.mark.slow
+def test_hierarchical_beats_random_where_the_best_width_depends_on_the_layer():
+    def judge(policy: CompressionPolicy) -> float:
+        bits = list(policy.weight_bits.values())
+        return float(np.exp(-np.mean([(b.mean() - (2 + 4 * i / (len(bits) - 1))) ** 2 for i, b in enumerate(bits)])))
+
+    def reward(make) -> float:
+        choices = Choices(first_last=None)
+        return float(np.mean([make(seed).search(on(judge, 0.2, choices)).score.reward for seed in range(4)]))
+
+    assert reward(lambda seed: Hierarchical(100, seed, warmup=20)) > reward(lambda seed: RandomSearch(100, seed)) + 0.05
+
+
+def test_hierarchical_is_reproducible():
+    first, again = (Hierarchical(16, 3, warmup=6).search(on(widest)) for _ in range(2))
+    other = Hierarchical(16, 4, warmup=6).search(on(widest))
+    assert digests(first) == digests(again) != digests(other)
+    assert first.evaluations == 16 == len(set(digests(first)))
+    assert first.score.reward == max(e.score.reward for e in first.history)
+
+
+@pytest.mark.parametrize("algorithm", ("DDPG", "TD3", "SAC", stable_baselines3.TD3))
+def test_hierarchical_works_with_every_algorithm_for_continuous_actions(algorithm):
+    told = []
+    result = Hierarchical(
+        9, 0, algorithm=algorithm, warmup=5, gradient_steps=4, on_episode=lambda *row: told.append(row)
+    ).search(on(widest, 0.06, Choices(act_bits=(4, 8))))
+    assert result.evaluations == 9 and all(e.score.within for e in result.history)
+    assert [row[0] for row in told] == list(range(1, len(told) + 1)) and told[-1][2] == max(row[1] for row in told)
+
+
+@pytest.mark.parametrize(
+    "algorithm", ("PPO", "A2C", "DQN", "Genetic", "", stable_baselines3.PPO, stable_baselines3.DQN, None, 3)
+)
+def test_hierarchical_refuses_other_algorithms(algorithm):
+    with pytest.raises(AjpqError, match="off-policy class .*DDPG, TD3, SAC.*but it is"):
+        Hierarchical(10, algorithm=algorithm)
+
+
+@pytest.mark.parametrize(
+    "choices", (Choices(weight_bits=(2, 4, 8)), Choices(weight_bits=(0, 8))), ids=("quantize", "prune")
+)
+def test_hierarchical_with_one_controller_idle(choices):
+    result = Hierarchical(10, 0, warmup=4, gradient_steps=2).search(on(widest, 0.6, choices))
+    assert result.evaluations >= 5 and result.score.within
+
+
+def test_hierarchical_with_views_of_the_users_own():
+    class Blind(ChannelView):
+        def observe(self, draft):
+            return super().observe(draft) * 0
+
+    result = Hierarchical(
+        8, 0, warmup=4, gradient_steps=2, views=lambda problem: {"layer": LayerView(problem), "channel": Blind(problem)}
+    ).search(on(widest))
+    assert result.evaluations == 8
+
+
+def test_hierarchical_stops_when_there_is_nothing_new():
+    """Two policies in all: it must not look for a third for ever."""
+    result = Hierarchical(30, 0, warmup=3, gradient_steps=1).search(
+        on(widest, 1.0, Choices(weight_bits=(0, 8), act_bits=(8,), max_sparsity=0.0))
+    )
+    assert result.evaluations <= 2
+
+
+def test_hierarchical_without_warm_up():
+    assert Hierarchical(4, 0, warmup=0, gradient_steps=1).search(on(widest)).evaluations == 4
+
+
+def test_random_search_is_reproducible_and_varied():
+    first, again, other = (RandomSearch(20, seed).search(on(widest)) for seed in (0, 0, 1))
+    assert digests(first) == digests(again) != digests(other)
+    assert len(set(digests(first))) == first.evaluations == 20
+    assert all(evaluation.score.within for evaluation in first.history)
+    assert first.score.reward == max(evaluation.score.reward for evaluation in first.history)
+
+
+def test_random_search_stops_when_there_is_nothing_new():
+    result = RandomSearch(30, 0).search(on(widest, 1.0, Choices(weight_bits=(8,))))
+    assert result.evaluations == 1
+
+
+def every_homogeneous(problem: Problem) -> list[CompressionPolicy]:
+    choices = problem.space.choices
+    grid = np.linspace(0, choices.max_sparsity if 0 in choices.weight_bits else 0, 81)
+    return [
+        p
+        for act in choices.act_bits
+        for width in choices.weight_bits
+        if width
+        for sparsity in grid
+        if problem.budget.admits(p := problem.space.homogeneous(width, float(sparsity), act))
+    ]
+
+
+@pytest.mark.parametrize("limits", ({"size": 0.5}, {"size": 0.1}, {"size": 0.06, "macs": 0.5}))
+def test_uniform_finds_the_best_homogeneous_policy(limits):
+    def judge(policy: CompressionPolicy) -> float:  # prefers kernels to bits, and bits to none
+        bits = np.concatenate(list(policy.weight_bits.values()))
+        return float((np.sqrt(bits)).mean() / 3)
+
+    problem = problem_of(budget=limits, evaluator=judge, choices=Choices(act_bits=(4, 8)))
+    result = Uniform(step=0.01).search(problem)
+    best = max(judge(policy) for policy in every_homogeneous(problem))
+    assert result.score.accuracy == pytest.approx(best, abs=1e-9)
+    assert result.score.within and len(set(digests(result))) == result.evaluations
+
+
+def test_uniform_policies_are_the_same_everywhere():
+    result = Uniform().search(on(widest, 0.1, Choices(weight_bits=(0, 2, 4, 8))))
+    for evaluation in result.history:
+        inner = [bits for name, bits in evaluation.policy.weight_bits.items() if name not in ("conv1", "linear")]
+        assert len({int(b) for bits in inner for b in bits if b}) == 1
+    widths = [
+        max(int(bits.max()) for name, bits in e.policy.weight_bits.items() if name not in ("conv1", "linear"))
+        for e in result.history
+    ]
+    assert widths == sorted(widths, reverse=True) == [8, 4, 2]
+    pruned = [float((e.policy.weight_bits["layer3.0.conv1"] == 0).mean()) for e in result.history]
+    assert pruned[0] > pruned[1] > pruned[2]
+
+
+def test_uniform_respects_its_number_of_evaluations_and_tells_when_there_is_none():
+    assert Uniform(evaluations=2).search(on(widest, 0.5)).evaluations == 2
+    least = on(widest, 0.5, Choices(weight_bits=(2, 4, 8))).space.cheapest()
+    with pytest.raises(AjpqError, match="smallest reachable"):
+        on(widest, 0.01, Choices(weight_bits=(2, 4, 8)))
+    assert set(least.weight_bits["layer1.0.conv1"].tolist()) == {2}

@@ -1,0 +1,163 @@
+"""The problem: scores are remembered and recorded in order; users bring their own costs and evaluators."""
+
+import numpy as np
+import pytest
+import torch
+from nets import batches_of, images_of, model_of, network_of, problem_of
+
+from ajpq.compression import compress
+from ajpq.cost import MACs
+from ajpq.errors import AjpqError
+from ajpq.evaluate import Evaluator
+from ajpq.policy import CompressionPolicy
+from ajpq.problem import Problem
+from ajpq.space import Choices
+from ajpq.training import accuracy, recalibrate
+
+
+class Counter:
+    """An evaluator that counts its calls; its answers are given."""
+
+    def __init__(self, *answers: float) -> None:
+        self.answers, self.seen = list(answers), []
+
+    def __call__(self, policy: CompressionPolicy) -> float:
+        self.seen.append(policy)
+        return self.answers[len(self.seen) - 1] if self.answers else 0.5
+
+
+def drawn(problem: Problem, seed: int) -> CompressionPolicy:
+    random, draft = np.random.default_rng(seed), problem.draft()
+    while (decision := draft.decision) is not None:
+        draft.take(
+            random.uniform(*decision.options) if decision.kind == "sparsity" else int(random.choice(decision.options))
+        )
+    return draft.policy()
+
+
+def test_a_known_policy_is_not_evaluated_again():
+    counter = Counter()
+    problem = problem_of(evaluator=counter)
+    policy = drawn(problem, 0)
+    twin = CompressionPolicy.from_json(policy.to_json())
+    assert problem.score(policy) is problem.score(twin) and len(counter.seen) == problem.evaluations == 1
+    problem.score(drawn(problem, 1))
+    assert len(counter.seen) == problem.evaluations == 2
+
+
+def test_the_record_is_in_order_and_the_best_is_the_first_of_the_best():
+    told = []
+    problem = problem_of(evaluator=Counter(0.3, 0.7, 0.6, 0.7), on_evaluation=told.append)
+    assert problem.best is None
+    policies = [drawn(problem, seed) for seed in range(4)]
+    scores = [problem.score(policy) for policy in policies]
+    assert [e.number for e in problem.history] == [1, 2, 3, 4] and told == problem.history
+    assert [e.policy for e in problem.history] == policies and [e.score for e in problem.history] == scores
+    assert [e.score.accuracy for e in problem.history] == [0.3, 0.7, 0.6, 0.7]
+    assert all(a.seconds <= b.seconds for a, b in zip(problem.history, problem.history[1:], strict=False))
+    result = problem.result()
+    assert (
+        result.policy is policies[1]
+        and result.score is scores[1]
+        and result.evaluations == 4
+        and result.history == tuple(problem.history)
+    )
+
+
+def test_the_best_is_within_budget():
+    problem = problem_of(evaluator=Counter(1.0, 0.2))
+    outside = problem.score(CompressionPolicy.homogeneous(problem.network))
+    assert not outside.within and outside.ratios["size"] == 1 and problem.best is None
+    with pytest.raises(AjpqError, match="none of 1 was"):
+        problem.result()
+    within = problem.score(drawn(problem, 0))
+    assert within.within and within.ratios["size"] <= 0.1 and problem.result().score is within
+
+
+def test_scores_tell_costs_in_units_and_ratios():
+    problem = problem_of(budget={"size": 0.2, "macs": 0.9})
+    policy = drawn(problem, 0)
+    score = problem.score(policy)
+    assert set(score.costs) == set(score.ratios) == {"size", "macs", "bops"}
+    assert score.costs == problem.budget.values(policy)
+    assert score.ratios["macs"] == score.costs["macs"] / problem.network.macs
+    assert score.accuracy == score.reward == policy.mean_bits() / 32
+
+
+def test_a_policy_that_does_not_fit_is_refused_and_not_recorded():
+    problem = problem_of(evaluator=Counter())
+    good = drawn(problem, 0)
+    bad = CompressionPolicy({**good.weight_bits, "linear": np.zeros(10, np.uint8)}, good.act_bits)
+    for _ in range(2):
+        with pytest.raises(AjpqError, match="'linear'"):
+            problem.score(bad)
+    assert problem.evaluations == 0
+
+
+class KernelCount:
+    """A cost model of a user: surviving kernels."""
+
+    unit = "kernel"
+
+    def __call__(self, loads):
+        return torch.stack([load.kept.sum() for load in loads])
+
+
+def test_a_cost_model_of_the_users_own_binds_and_is_reported():
+    problem = problem_of(budget={"kernels": 0.6, "size": 0.5}, costs={"kernels": KernelCount()})
+    original = sum(layer.c_out for layer in problem.network.layers)
+    for seed in range(5):
+        policy = drawn(problem, seed)
+        score = problem.score(policy)
+        kernels = sum(int((bits > 0).sum()) for bits in policy.weight_bits.values())
+        assert score.costs["kernels"] == kernels <= 0.6 * original and score.within
+    instead = problem_of(budget={"size": 0.9}, costs={"size": MACs()}, choices=Choices(first_last=None))
+    assert instead.budget.original["size"] == instead.network.macs
+
+
+def test_a_reward_and_an_importance_of_the_users_own():
+    network = network_of("digits_cnn")
+
+    def backwards(network):
+        return {layer.name: -np.arange(layer.c_out, dtype=float) + layer.c_out for layer in network.layers}
+
+    problem = problem_of(
+        budget={"size": 0.3},
+        reward=lambda accuracy, ratios: accuracy - ratios["size"],
+        evaluator=Counter(0.9),
+        importance=backwards,
+    )
+    policy = drawn(problem, 0)
+    score = problem.score(policy)
+    assert score.reward == pytest.approx(0.9 - score.ratios["size"])
+    alive = policy.weight_bits["layer1.0.conv1"] > 0
+    assert alive.sum() < len(alive) and alive[: alive.sum()].all()  # the first kernels are the most important
+    bits = policy.weight_bits["layer1.0.conv1"]
+    assert len(set(bits[alive].tolist())) <= 4 and network is problem.network
+
+
+def test_the_default_evaluator_runs_the_compressed_network_with_fresh_norms():
+    network = network_of("digits_cnn")
+    calibration, search = batches_of(network, 3, 16), batches_of(network, 2, 32, seed=5)
+    problem = Problem(model_of("digits_cnn"), calibration, search, {"size": 0.2}, norm_images=32)
+    policy = drawn(problem, 3)
+    student = compress(network, policy, problem.calibration)
+    stale = accuracy(student, search)
+    recalibrate(student, calibration[:2])
+    fresh = accuracy(student, search)
+    assert problem.score(policy).accuracy == fresh
+    assert Evaluator(problem.network, problem.calibration, calibration, search, 0)(policy) == stale
+    with torch.no_grad():
+        x = images_of("digits_cnn")
+        assert torch.equal(problem.network.module(x), model_of("digits_cnn")(x))  # scoring leaves the network as it is
+
+
+def test_bad_input():
+    network = network_of("digits_cnn")
+    good = batches_of(network)
+    with pytest.raises(AjpqError, match="at least one"):
+        Problem(model_of("digits_cnn"), [], good, {"size": 0.5})
+    with pytest.raises(AjpqError, match="smallest reachable"):
+        Problem(model_of("digits_cnn"), good, good, {"size": 0.001})
+    with pytest.raises(AjpqError, match="input of shape"):
+        Problem(model_of("digits_cnn"), [(torch.zeros(4, 3, 8, 8), torch.zeros(4))], good, {"size": 0.5})
