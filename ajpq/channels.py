@@ -92,3 +92,8 @@ class Value:
         return (
             None if axis is None else np.moveaxis(self.cells, axis - 1, 0).reshape(self.cells.shape[axis - 1], -1)[:, 0]
         )
+
+
+def flat(value: Value | list[Value] | None) -> list[Value]:
+    """The values of a node: none, one, or one per output."""
+    return [] if value is None else value if isinstance(value, list) else [value]

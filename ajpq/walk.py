@@ -6,13 +6,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, fx, nn
 
 from ajpq import moves, ops
-from ajpq.channels import ChannelSets, Value
+from ajpq.channels import ChannelSets, Value, flat
 from ajpq.errors import AjpqError
 from ajpq.network import LayerSpec, Move
+from ajpq.rules import channelwise
 
 NORMS = (nn.BatchNorm2d, nn.BatchNorm1d)
 
@@ -42,14 +42,14 @@ class Walk(fx.Interpreter):
     # -- one node -----------------------------------------------------------------------------------------------------
 
     def _flow(self, node: fx.Node, args: tuple, kwargs: dict, out: Any) -> None:
-        inputs = [value for n in node.all_input_nodes for value in _flat(self.values.get(n.name))]
+        inputs = [value for n in node.all_input_nodes for value in flat(self.values.get(n.name))]
         if node.op == "placeholder":
             if not isinstance(out, Tensor) or out.ndim < 2:
                 raise AjpqError(
                     f"forward must take one tensor (N, C, ...), but argument {node.target!r} is {out!r}; wrap "
                     "the module"
                 )
-            self._set(node, out, self.sets.fresh(out.shape[1], "network input"))
+            self.set(node, out, self.sets.fresh(out.shape[1], "network input"))
             return
         if node.op == "output":
             for value in inputs:
@@ -71,10 +71,10 @@ class Walk(fx.Interpreter):
                 self.sets.unite(self.norm_channels[node.target], inputs[0].ids)
             self.norm_channels[node.target] = inputs[0].ids
             self.sets.note(self.sets.norms, inputs[0].ids, node.target)
-            self._set(node, out, inputs[0].ids)
+            self.set(node, out, inputs[0].ids)
         elif name in ops.MOVE:
             self._move(node, module, name, args, kwargs, out)
-        elif not self._channelwise(node, module, name, args, kwargs, inputs, out):
+        elif not channelwise(self, node, module, name, args, kwargs, inputs, out):
             self._unknown(node, module, inputs, out)
         made = self.values.get(node.name)
         if ops.in_place(node, module) and isinstance(made, Value):
@@ -84,65 +84,6 @@ class Walk(fx.Interpreter):
             if move is not None and move.kind == "gather" and (np.diff(move.index) != 1).any():
                 root = self.values[move.root]  # a gather copies where the original may have been a view
                 self.sets.freeze(root.ids, f"{ops.told(node, module)} writes into a part of it")
-
-    def _channelwise(
-        self,
-        node: fx.Node,
-        module: nn.Module | None,
-        name: str,
-        args: tuple,
-        kwargs: dict,
-        inputs: list[Value],
-        out: Any,
-    ) -> bool:
-        """Operations that keep channels where they are, merge or list them. False if this is none of them."""
-        if not isinstance(out, Tensor) or any(value.ids is None for value in inputs):
-            return False
-        first = inputs[0]
-        scalar_const = all(t.numel() == 1 for t in self._constants(node))
-        if name in ops.ELEMENTWISE or (len(inputs) == 1 and name in (ops.MERGE | ops.DIVIDE) and scalar_const):
-            if (
-                len(inputs) > 1
-                or out.shape != first.shape
-                or (name == "prelu" and module is not None and module.weight.numel() > 1)
-            ):
-                return False
-            self._set(node, out, first.ids, first.zero and self._keeps_zero(node, args, kwargs, first.shape))
-        elif name in ops.SPATIAL:
-            if out.ndim != len(first.shape) or out.shape[1] != first.shape[1]:
-                return False
-            self._set(node, out, first.ids, first.zero)
-        elif name in ops.MERGE and len(inputs) == len(node.all_input_nodes) and kwargs.get("alpha", 1) == 1:
-            return self._merge(node, name, inputs, out)
-        elif name in ops.CONCAT:
-            dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % out.ndim
-            given = node.args[0] if node.args else node.kwargs.get("tensors", ())
-            nodes = [given] if isinstance(given, fx.Node) else given  # one node that gives a list, or a list of nodes
-            listed = [value for n in nodes for value in _flat(self.values.get(n.name))]
-            if dim == 0 or len(listed) != len(args[0] if args else kwargs.get("tensors", ())):
-                return False
-            if dim != 1:
-                for value in listed[1:]:
-                    self.sets.unite(first.ids, value.ids)
-            ids = np.concatenate([value.ids for value in listed]) if dim == 1 else first.ids
-            self._set(node, out, ids, all(value.zero for value in listed))
-        elif name in ops.EXPAND:
-            other = inputs[-1]
-            if len(inputs) > 2 or out.shape != other.shape or len(first.ids) != len(other.ids):
-                return False
-            self.sets.unite(first.ids, other.ids)
-            self._set(node, out, first.ids, first.zero)
-        elif name in ops.PAD:
-            return self._pad(node, module, args, kwargs, first, out)
-        elif name in ops.REDUCE:
-            dims = kwargs.get("dim", args[1] if len(args) > 1 else None)
-            dims = [dims] if isinstance(dims, int) else dims
-            if dims is None or any(d % len(first.shape) < 2 for d in dims):
-                return False
-            self._set(node, out, first.ids, first.zero)
-        else:
-            return False
-        return True
 
     def _layer(self, node: fx.Node, module: nn.Conv2d | nn.Linear, value: Value, out: Tensor) -> None:
         name, conv = str(node.target), isinstance(module, nn.Conv2d)
@@ -189,65 +130,21 @@ class Walk(fx.Interpreter):
             module.bias is not None,
         )
         if plain:
-            self._set(node, out, writes)
+            self.set(node, out, writes)
         else:
-            self._set(node, out, self.sets.fresh(out.shape[1], f"output of {name}") if conv is False else writes)
+            self.set(node, out, self.sets.fresh(out.shape[1], f"output of {name}") if conv is False else writes)
             if not conv:
                 self.sets.freeze(writes, f"{name} is applied to more than (N, C)")
-
-    def _merge(self, node: fx.Node, name: str, inputs: list[Value], out: Tensor) -> bool:
-        if len(inputs) == 1:  # x + x, x * x
-            inputs = inputs * 2
-        a, b = inputs
-        if (
-            len(inputs) != 2
-            or len(a.shape) != len(b.shape)
-            or a.shape[0] != b.shape[0]
-            or out.shape[1] != max(a.shape[1], b.shape[1])
-        ):
-            return False
-        zero = (a.zero or b.zero) if name.strip("i") in ("mul", "multiply") else (a.zero and b.zero)
-        if a.shape[1] == b.shape[1]:
-            self.sets.unite(a.ids, b.ids)
-            self._set(node, out, a.ids, zero)
-        else:
-            one, many = (a, b) if a.shape[1] == 1 else (b, a)
-            self.sets.freeze(one.ids, f"{node.name} broadcasts it over channels")
-            self._set(node, out, many.ids, many.zero if "mul" in name else False)
-        return True
-
-    def _pad(
-        self, node: fx.Node, module: nn.Module | None, args: tuple, kwargs: dict, value: Value, out: Tensor
-    ) -> bool:
-        if module is not None:
-            pads, fill, mode = list(module.padding), getattr(module, "value", 0), "constant"
-        else:
-            pads = list(kwargs.get("pad", args[1] if len(args) > 1 else ()))
-            mode = kwargs.get("mode", args[2] if len(args) > 2 else "constant")
-            fill = kwargs.get("value", args[3] if len(args) > 3 else 0) or 0
-        pads += [0] * (2 * out.ndim - len(pads))
-        channel = pads[2 * (out.ndim - 2) : 2 * (out.ndim - 1)]  # pads are listed from the last dimension backwards
-        if any(pads[2 * (out.ndim - 1) :]) or min(channel) < 0:
-            return False
-        if not any(channel):
-            self._set(node, out, value.ids, value.zero and (fill == 0 or mode != "constant"))
-            return True
-        if mode != "constant" or fill != 0:
-            return False
-        before, after = (self.sets.fresh(n) for n in channel)
-        self._set(node, out, np.concatenate([before, value.ids, after]), value.zero)
-        self.moves[node.name] = Move("pad", value.root, np.array(pads))
-        return True
 
     def _move(self, node: fx.Node, module: nn.Module | None, name: str, args: tuple, kwargs: dict, out: Any) -> None:
         source = self.values.get(node.all_input_nodes[0].name)
         if isinstance(source, list):  # x.chunk(2)[0]
             picked = source[args[1]] if name == "getitem" and isinstance(args[1], int) else None
             if picked is None or not isinstance(out, Tensor):
-                self._unknown(node, module, _flat(source), out)
+                self._unknown(node, module, flat(source), out)
                 return
             if picked.cells is None:  # one of several outputs of an unknown operation
-                self._set(node, out, picked.ids, picked.zero)
+                self.set(node, out, picked.ids, picked.zero)
                 return
             self.values[node.name] = outs = picked
             self._plan(node, module, name, None, args, kwargs, None, outs)
@@ -314,29 +211,13 @@ class Walk(fx.Interpreter):
 
     # -- helpers ------------------------------------------------------------------------------------------------------
 
-    def _set(self, node: fx.Node, out: Tensor, ids: np.ndarray, zero: bool = True) -> None:
+    def set(self, node: fx.Node, out: Tensor, ids: np.ndarray, zero: bool = True) -> None:
         self.values[node.name] = Value(tuple(out.shape), ids, zero, node.name)
 
     def _freeze(self, value: Value, why: str) -> None:
         """Freeze the channels of a value; all of its root's where it cannot be re-emitted for fewer of them."""
         bound = value if value.planned or value.cells is None else self.values[value.root]
         self.sets.freeze(bound.cells if bound.ids is None else bound.ids, why)
-
-    def _constants(self, node: fx.Node) -> list[Tensor]:
-        found = [self.env[n] for n in node.all_input_nodes if n.name not in self.values and n in self.env]
-        return [t for t in found if isinstance(t, Tensor)]
-
-    def _keeps_zero(self, node: fx.Node, args: tuple, kwargs: dict, shape: tuple[int, ...]) -> bool:
-        def swap(a: Any) -> Any:
-            return torch.zeros(shape) if isinstance(a, Tensor) and tuple(a.shape) == shape else a
-
-        return not bool(
-            getattr(self, node.op)(node.target, tuple(map(swap, args)), {k: swap(v) for k, v in kwargs.items()}).any()
-        )
-
-
-def _flat(value: Any) -> list[Value]:
-    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 def _leaves(out: Any) -> list[Any]:
