@@ -115,8 +115,9 @@ class CompressionPolicy:
         """Raises AjpqError where the text is not a policy."""
         try:
             table = json.loads(text)
-            weight_bits = {name: np.array(bits, np.int64) for name, bits in table["weight_bits"].items()}
-            wrong = [name for name, bits in weight_bits.items() if bits.ndim != 1 or not np.isin(bits, WIDTHS).all()]
+            weight_bits = {name: np.array(bits) for name, bits in table["weight_bits"].items()}
+            whole = {name: bits.ndim == 1 and bits.dtype.kind == "i" for name, bits in weight_bits.items()}
+            wrong = [name for name, bits in weight_bits.items() if not whole[name] or not np.isin(bits, WIDTHS).all()]
             if wrong:
                 raise AjpqError(
                     f"weight_bits must be lists of widths out of {WIDTHS}, but {wrong[0]!r} is not; mend the "

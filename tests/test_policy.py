@@ -182,10 +182,7 @@ def test_a_tensor_without_channels_is_refused():
         '{"weight_bits": {"a": [4, 300]}, "act_bits": {"a": 8}}',
         '{"weight_bits": {"a": [4]}, "act_bits": {"a": "x"}}',
         '{"weight_bits": {"a": [-1]}, "act_bits": {"a": 8}}',
-        pytest.param(
-            '{"weight_bits": {"a": [2.5]}, "act_bits": {"a": 8}}',
-            marks=pytest.mark.xfail(strict=True, reason="read as 2 bits"),
-        ),
+        '{"weight_bits": {"a": [2.5]}, "act_bits": {"a": 8}}',
     ),
 )
 def test_damaged_files_are_refused(text):

@@ -487,7 +487,6 @@ def test_unusual_forwards_are_shrunk_faithfully(what):
     assert prunable.all() if what in STILL_PRUNABLE else network.why_not(network["a"])
 
 
-@pytest.mark.xfail(strict=True, reason="torch.fx prints the traceback of a trial that failed")
 def test_tracing_prints_nothing(capsys):
     traced(
         lambda m, x: m.l(gap(m.a(x) * m.g.expand_as(m.b(x)))),
