@@ -49,6 +49,31 @@ def test_hierarchical_learns_and_beats_random_at_equal_evaluations(evaluator):
     assert best - learned < 0.5 * (best - drawn)
 
 
+class Spy(stable_baselines3.DDPG):
+    """DDPG that remembers its instances."""
+
+    made: list = []
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.made.append(self)
+
+
+def test_every_decision_is_stored_with_the_standardised_reward_of_its_episode():
+    Spy.made, rewards = [], []
+    Hierarchical(
+        12, 0, algorithm=Spy, warmup=7, gradient_steps=1, on_episode=lambda number, reward, best: rewards.append(reward)
+    ).search(on(widest))
+    expected = (np.array(rewards) - np.mean(rewards[:7])) / np.std(rewards[:7])
+    expected = expected[np.insert(np.diff(expected) != 0, 0, True)]
+    assert len(Spy.made) == 2
+    for model in Spy.made:
+        stored = model.replay_buffer.rewards[: model.replay_buffer.pos, 0]
+        assert len(stored) > 12 and (model.replay_buffer.dones[: len(stored)] == 1).all()
+        assert np.allclose(stored[np.insert(np.diff(stored) != 0, 0, True)], expected, atol=1e-4)
+        assert np.abs(model.replay_buffer.actions[: len(stored)]).max() <= 1
+
+
 @pytest.mark.slow
 def test_hierarchical_beats_random_where_the_best_width_depends_on_the_layer():
     def judge(policy: CompressionPolicy) -> float:

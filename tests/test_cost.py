@@ -211,7 +211,7 @@ def test_a_depthwise_kernel_and_a_layer_called_twice():
         lambda m, x: m.l(m.d(m.d(m.a(x))).mean((2, 3))), a=conv(3, 4), d=conv(4, 4, groups=4), l=nn.Linear(4, 5)
     )
     policy = CompressionPolicy(
-        {"a": np.array([4, 4, 0, 4], np.uint8), "d": np.array([2, 2, 0, 2], np.uint8), "l": np.full(5, 8, np.uint8)},
+        {"a": np.array([0, 4, 4, 4], np.uint8), "d": np.array([0, 2, 2, 2], np.uint8), "l": np.full(5, 8, np.uint8)},
         {"a": 8, "d": 8, "l": 8},
     )
     assert costs(MACs(), network, policy) == [64 * 3 * 27, 2 * 64 * 3 * 9, 15]

@@ -209,6 +209,28 @@ def test_blocks_follow_the_importance():
     assert len(SearchSpace(network, Choices(blocks=1000)).blocks(layer, alive)) == len(kernels)
 
 
+def test_a_norm_charged_to_a_layer_of_another_branch_is_kept_count_of():
+    network = traced(
+        lambda m, x: m.l(gap(torch.cat([m.n(F.relu(m.a(x))), m.b(x)], 1))),
+        a=conv(3, 12, bias=False),
+        n=nn.BatchNorm2d(12),
+        b=conv(3, 12),
+        l=nn.Linear(24, 5),
+    )
+    assert network.norms[0].charged_to == "b"
+    least = floors(network, DEFAULT, ("size",))["size"]
+    for seed in range(5):
+        draft, random = start(network, {"size": 1.2 * least}), np.random.default_rng(seed)
+        while draft.decision is not None:
+            draft.take(answer(draft, random, (None, 1.0)[seed % 2]))
+            state = CompressionPolicy(
+                {layer.name: draft.weight_bits(layer.name) for layer in network.layers},
+                {layer.name: draft.act_bits(layer.name) for layer in network.layers},
+            )
+            assert draft.costs.sum() == pytest.approx(total(Size(), network, state))
+        assert draft.budget.admits(draft.policy())
+
+
 @pytest.mark.parametrize("sizes", ((8, 5), (5, 8), (9, 5)))
 def test_a_layer_that_writes_several_spaces_can_reach_the_floor(sizes):
     p, q = sizes

@@ -485,6 +485,8 @@ def test_unusual_forwards_are_shrunk_faithfully(what):
     shrinks_faithfully(network, seeds=8)
     prunable = network.prunable[network["a"].writes]
     assert prunable.all() if what in STILL_PRUNABLE else network.why_not(network["a"])
+    if what == "in-place sigmoid":
+        assert "would not be zero" in network.why_not(network["a"])
 
 
 def test_tracing_prints_nothing(capsys):
