@@ -78,11 +78,12 @@ class Draft:
         decision = self.decision
         assert decision is not None, "the draft is complete"
         options, low_high = decision.options, decision.kind == "sparsity"
-        if not (options[0] - 1e-9 <= answer <= options[-1] + 1e-9 if low_high else answer in options):
+        if low_high and options[0] - 1e-6 <= answer <= options[-1] + 1e-6:  # a float32 of an end is the end
+            answer = min(max(float(answer), options[0]), options[-1])
+        elif low_high or answer not in options:
             raise AjpqError(
                 f"the {decision.kind} of {decision.layer.name!r} must be {'within' if low_high else 'one of'} "
-                f"{options}, "
-                f"but it is {answer}; other values break a budget"
+                f"{options}, but it is {answer}; other values break a budget"
             )
         getattr(self, f"_take_{decision.kind}")(decision, answer)
         self.decision = next(self._queue, None)

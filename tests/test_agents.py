@@ -43,8 +43,8 @@ def mean_reward(make, evaluator, seeds: int = 2) -> float:
 def test_hierarchical_learns_and_beats_random_at_equal_evaluations(evaluator):
     """The two optima are opposite corners: an actor that saturates whatever the reward says finds one at most."""
     best = evaluator(on(evaluator).space.homogeneous(8) if evaluator is widest else on(evaluator).space.cheapest())
-    learned = mean_reward(lambda seed: Hierarchical(30, seed, warmup=12), evaluator)
-    drawn = mean_reward(lambda seed: RandomSearch(30, seed), evaluator)
+    learned = mean_reward(lambda seed: Hierarchical(24, seed, warmup=10), evaluator)
+    drawn = mean_reward(lambda seed: RandomSearch(24, seed), evaluator)
     assert learned > drawn + 0.03
     assert best - learned < 0.5 * (best - drawn)
 
@@ -88,10 +88,10 @@ def test_hierarchical_beats_random_where_the_best_width_depends_on_the_layer():
 
 
 def test_hierarchical_is_reproducible():
-    first, again = (Hierarchical(16, 3, warmup=6).search(on(widest)) for _ in range(2))
-    other = Hierarchical(16, 4, warmup=6).search(on(widest))
+    first, again = (Hierarchical(10, 3, warmup=5).search(on(widest)) for _ in range(2))
+    other = Hierarchical(10, 4, warmup=5).search(on(widest))
     assert digests(first) == digests(again) != digests(other)
-    assert first.evaluations == 16 == len(set(digests(first)))
+    assert first.evaluations == 10 == len(set(digests(first)))
     assert first.score.reward == max(e.score.reward for e in first.history)
 
 

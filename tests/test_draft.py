@@ -375,3 +375,14 @@ def test_importance_by_hand():
     )
     mean = (scores["a"] / scores["a"].mean() + scores["b"] / scores["b"].mean()) / 2
     assert np.allclose(of_channels(network, scores)[network["a"].writes], mean)
+
+
+def test_a_float32_of_an_end_is_taken_as_the_end_and_no_more():
+    draft = start(network_of("digits_cnn"), {"macs": 1.0})
+    top = draft.decision.options[-1]
+    assert float(np.float32(top)) > top
+    with pytest.raises(AjpqError, match="sparsity of 'conv1' must be within"):
+        draft.take(top + 1e-3)
+    space = int(draft.space.network.space_of[draft.decision.layer.writes[0]])
+    draft.take(float(np.float32(top)))
+    assert draft.sparsity[space] == top

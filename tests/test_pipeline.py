@@ -29,10 +29,19 @@ ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["train.epochs=6", "search.evaluations=12", "finetune.epochs=6", "threads=1", "hydra.run.dir=run"]
 
 
+# A shell that starts jobs in the background lets them ignore SIGINT, and their children inherit that.
+HEARS_CTRL_C = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from ajpq.cli import main
+sys.exit(main())
+"""
+
+
 def start(folder: Path, *overrides: str, **options) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "ajpq", *overrides],
+        [sys.executable, "-c", HEARS_CTRL_C, *overrides],
         cwd=folder,
         env=environment,
         text=True,

@@ -30,7 +30,7 @@ from ajpq.policy import CompressionPolicy
 from ajpq.surgery import shrink
 from ajpq.tracing import trace
 
-SEEDS = {"digits_cnn": 8, "resnet20": 4, "vgg11_bn": 1, "densenet121": 1}
+SEEDS = {"digits_cnn": 8, "resnet20": 4, "mobilenet_v3_small": 2, "shufflenet_v2_x0_5": 2, "squeezenet1_1": 2}
 
 
 def agree(network: Network, policy: CompressionPolicy, x: torch.Tensor) -> None:
@@ -44,7 +44,7 @@ def agree(network: Network, policy: CompressionPolicy, x: torch.Tensor) -> None:
 
 @pytest.mark.parametrize(
     "name, seed",
-    [(name, seed) for name in ("digits_cnn", "resnet20", *TORCHVISION) for seed in range(SEEDS.get(name, 2))],
+    [(name, seed) for name in ("digits_cnn", "resnet20", *TORCHVISION) for seed in range(SEEDS.get(name, 1))],
 )
 def test_masked_equals_shrunk(name, seed):
     network, x = network_of(name), images_of(name, seed=seed)
@@ -85,7 +85,8 @@ def test_random_networks_are_shrunk_faithfully(start):
         policy = random_policy(network, seed, 0.5, widths=(32,))
         pruned += int((~policy.alive(network)).sum())
         agree(network, policy, torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(seed + 1)))
-        agree(network, random_policy(network, seed + 1, 0.3, WIDTHS), network.example)
+        if seed % 2:
+            agree(network, random_policy(network, seed + 1, 0.3, WIDTHS), network.example)
     assert pruned > 50
 
 
