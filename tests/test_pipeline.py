@@ -170,8 +170,11 @@ def _interrupt(folder: Path, ready, *overrides: str) -> tuple[int, str]:
     end = time.monotonic() + 120
     while not ready() and time.monotonic() < end and process.poll() is None:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    try:
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     return process.returncode, err
 
 
