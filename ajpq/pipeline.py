@@ -50,17 +50,14 @@ def run(cfg: DictConfig, folder: Path) -> None:
     limits = _limits(cfg.budget)
     if cfg.checkpoint is not None:
         load_weights(parts["model"], cfg.checkpoint)
-    untrained = SearchSpace(
-        trace(parts["model"], next(iter(data.calibration))[0]), parts["choices"], parts["importance"]
-    )
-    reachable(untrained, limits, parts["costs"])  # a budget that cannot be met is told before anything is spent
-    model = (
-        parts["model"].eval()
-        if cfg.checkpoint is not None
-        else _trained(parts["model"], recipes["train"], cfg.seed, data, screen, folder)
-    )
+    model, images = parts["model"].eval(), next(iter(data.calibration))[0]
     with screen.stage("trace"):
-        network = trace(model, next(iter(data.calibration))[0])
+        network = trace(model, images)
+    space = SearchSpace(network, parts["choices"], parts["importance"])
+    reachable(space, limits, parts["costs"])  # a budget that cannot be met is told before anything is spent
+    if cfg.checkpoint is None:
+        _train(model, recipes["train"], cfg.seed, data, screen, folder)
+        network = trace(model, images)
     screen.say(str(network))
 
     record = folder / "evaluations.jsonl"
@@ -139,13 +136,10 @@ def run(cfg: DictConfig, folder: Path) -> None:
     screen.say(f"written to {folder}")
 
 
-def _trained(
-    model: nn.Module, recipe: Mapping[str, Any], seed: int, data: Data, screen: Screen, folder: Path
-) -> nn.Module:
+def _train(model: nn.Module, recipe: Mapping[str, Any], seed: int, data: Data, screen: Screen, folder: Path) -> None:
     with screen.stage("train", recipe["epochs"]) as advance:
         fit(model, data.train, seed=seed, **recipe, on_epoch=_epochs(advance))
-    save_weights(model, folder / "original.safetensors")
-    return model.eval()
+    save_weights(model.eval(), folder / "original.safetensors")
 
 
 def _epochs(advance: Advance) -> Callable[[int, dict], None]:
