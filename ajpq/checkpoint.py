@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ajpq.errors import AjpqError
+from ajpq.files import replacing
 
 TORCH_SUFFIXES = (".pt", ".pth", ".th")
 
@@ -71,12 +71,8 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
         raise AjpqError(f"Weights are written into an existing folder, but {path.parent} is not one: create it first.")
     # A clone each: safetensors refuses tensors that share memory, as tied weights do.
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(path) as partial:
         save_file(tensors, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:

@@ -130,7 +130,7 @@ class Draft:
 
     def _affordable(self, layer: LayerSpec, options: tuple[int, ...], state) -> tuple[int, ...]:
         """The options, cheapest first, up to the dearest that leaves every budget reachable."""
-        at = self.space.network._index[layer.name]
+        at = self.space.network.index[layer.name]
         others = self.costs.sum(axis=0) - self.costs[at]
         low, high = 0, len(options) - 1  # options[low] always fits: it is what the draft assumes
         while low < high:
@@ -196,5 +196,5 @@ class Draft:
         self._update(decision.layer)
 
     def _update(self, layer: LayerSpec) -> None:
-        at = self.space.network._index[layer.name]
+        at = self.space.network.index[layer.name]
         self.costs[at] = self.budget.layer_costs(layer, self._weight[layer.name], self._act[layer.name], self.alive)

@@ -9,7 +9,7 @@ bit-widths belong to the kernels of layers.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -110,21 +110,22 @@ class Network:
     moves: Mapping[str, Move]  # node name -> how to re-emit it
     unused: tuple[str, ...]  # conv and linear modules that the traced forward never calls: not shipped
     other_parameters: int  # float parameters of modules that are neither layers nor norms
-    _index: dict[str, int] = field(default_factory=dict, repr=False)
 
-    def __post_init__(self) -> None:
-        self._index.update({layer.name: i for i, layer in enumerate(self.layers)})
+    @cached_property
+    def index(self) -> dict[str, int]:
+        """Layer name -> place in `layers`."""
+        return {layer.name: i for i, layer in enumerate(self.layers)}
 
     def __getitem__(self, name: str) -> LayerSpec:
-        if name not in self._index:
+        if name not in self.index:
             raise AjpqError(
                 f"a layer must be one of the network's, but there is no {name!r}; "
-                f"it has {', '.join(list(self._index)[:6])}, ... (print the network for all of them)"
+                f"it has {', '.join(list(self.index)[:6])}, ... (print the network for all of them)"
             )
-        return self.layers[self._index[name]]
+        return self.layers[self.index[name]]
 
     def __contains__(self, name: str) -> bool:
-        return name in self._index
+        return name in self.index
 
     @cached_property
     def n_channels(self) -> int:

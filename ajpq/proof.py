@@ -33,7 +33,7 @@ def proven(network: Network) -> Network:
         bad = set(prunable)
     why = "removing its channels changed other outputs when it was tried"
     spaces = tuple(replace(s, prunable=False, why_not=why) if i in bad else s for i, s in enumerate(network.spaces))
-    return replace(network, spaces=spaces, _index={})
+    return replace(network, spaces=spaces)
 
 
 def _without(network: Network, spaces: list[int], random: np.random.Generator) -> np.ndarray:
