@@ -33,6 +33,8 @@ class Hierarchical:
     noise, decay: deviation of the exploration noise on [-1, 1] after warm-up, and its factor per episode; half of the
         variance is shared by all decisions of an episode (HAQ: 0.5 on [0, 1], x 0.99, AMC: x 0.95; the sharing is
         ours).
+    batch: episodes that are played by the same controllers and scored together, so that an evaluator with several
+        workers is kept busy; the warm-up always is one batch.
     gradient_steps: after every episode, for each controller (HAQ: one per decision).
     batch_size, net_arch, learning_rate, buffer_size: of each controller's networks (AMC and HAQ: 64, 300-300, 1e-3
         critic).
@@ -54,6 +56,7 @@ class Hierarchical:
         spread: float = 0.35,
         noise: float = 0.6,
         decay: float = 0.98,
+        batch: int = 1,
         gradient_steps: int = 20,
         batch_size: int = 64,
         net_arch: tuple[int, ...] = (64, 64),
@@ -69,7 +72,7 @@ class Hierarchical:
                 f"but it is {algorithm!r}; choose one of these"
             )
         self.kind, self.evaluations, self.seed, self.warmup = kind, evaluations, seed, warmup
-        self.spread, self.noise, self.decay = spread, noise, decay
+        self.spread, self.noise, self.decay, self.batch = spread, noise, decay, batch
         self.gradient_steps, self.batch_size = gradient_steps, batch_size
         self.settings = {
             "learning_rate": learning_rate,
@@ -89,32 +92,37 @@ class Hierarchical:
         rng = np.random.default_rng(self.seed)
         rewards: list[float] = []
         waiting: list[tuple[float, dict]] = []  # episodes of the warm-up, until their mean and deviation are known
-        mean, deviation = 0.0, 1.0
-        for episode in range(
-            1, self.evaluations * 3 + 1
-        ):  # an episode that ends in a known policy is not an evaluation
-            if problem.evaluations >= self.evaluations:
-                break
-            learned = episode > self.warmup
-            sigma = self.noise * self.decay ** max(episode - self.warmup - 1, 0)
-            controllers = {
-                who: _Explorer(model, rng, sigma if learned else None, self.spread) for who, model in models.items()
-            }
-            score, taken = rollout(problem, views, controllers)
-            rewards.append(score.reward)
-            if learned:
-                self._remember(models, taken, (score.reward - mean) / deviation)
-                for who, model in models.items():
-                    if taken[who]:
-                        model.train(gradient_steps=self.gradient_steps, batch_size=self.batch_size)
-            else:
-                waiting.append((score.reward, taken))
-                if episode == self.warmup:
-                    mean, deviation = float(np.mean(rewards)), max(float(np.std(rewards)), 1e-3)
-                    for reward, old in waiting:
-                        self._remember(models, old, (reward - mean) / deviation)
-            if self.on_episode is not None:
-                self.on_episode(episode, score.reward, max(rewards))
+        mean, deviation, limit = (
+            0.0,
+            1.0,
+            self.evaluations * 3,
+        )  # an episode that ends in a known policy is no evaluation
+        while problem.evaluations < self.evaluations and len(rewards) < limit:
+            first, left = len(rewards) + 1, self.evaluations - problem.evaluations
+            learned = first > self.warmup
+            episodes = []
+            for episode in range(first, first + min(left, self.batch if learned else self.warmup + 1 - first)):
+                sigma = self.noise * self.decay ** max(episode - self.warmup - 1, 0)
+                controllers = {
+                    who: _Explorer(model, rng, sigma if learned else None, self.spread) for who, model in models.items()
+                }
+                episodes.append(rollout(problem, views, controllers))
+            scores = problem.score_all([policy for policy, _ in episodes])
+            for score, (_, taken) in zip(scores, episodes, strict=True):
+                rewards.append(score.reward)
+                if learned:
+                    self._remember(models, taken, (score.reward - mean) / deviation)
+                    for who, model in models.items():
+                        if taken[who]:
+                            model.train(gradient_steps=self.gradient_steps, batch_size=self.batch_size)
+                else:
+                    waiting.append((score.reward, taken))
+                    if len(rewards) == self.warmup:
+                        mean, deviation = float(np.mean(rewards)), max(float(np.std(rewards)), 1e-3)
+                        for reward, old in waiting:
+                            self._remember(models, old, (reward - mean) / deviation)
+                if self.on_episode is not None:
+                    self.on_episode(len(rewards), score.reward, max(rewards))
         return problem.result()
 
     def _model(self, view: View, number: int) -> OffPolicyAlgorithm:

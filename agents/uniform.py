@@ -21,19 +21,20 @@ class Uniform:
     def search(self, problem: Problem) -> SearchResult:
         choices = problem.space.choices
         top = choices.max_sparsity if 0 in choices.weight_bits else 0.0
+        policies = []
         sparsities = [*np.arange(0, top, self.step), top]
         for act in reversed(choices.act_bits):
             for width in reversed([b for b in choices.weight_bits if b]):
                 for sparsity in sparsities:
                     policy = problem.space.homogeneous(width, float(sparsity), act)
                     if problem.budget.admits(policy):
-                        if problem.evaluations < self.evaluations:
-                            problem.score(policy)
+                        policies.append(policy)
                         break
-        if not problem.evaluations:
+        if not policies:
             limits = ", ".join(f"{name}={limit:g}" for name, limit in problem.budget.limits.items())
             raise AjpqError(
                 f"a homogeneous policy must meet every budget, but none meets {limits}; use another search or "
                 "a larger budget"
             )
+        problem.score_all(policies[: self.evaluations])
         return problem.result()

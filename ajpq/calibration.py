@@ -48,6 +48,16 @@ class InputRange:
 Calibration = dict[str, InputRange]  # layer name -> range of its input
 
 
+def range_of(layer: str, bits: int, calibration: Calibration | None) -> InputRange:
+    """The range of a layer's input. Raises AjpqError where there is none."""
+    if calibration is None or layer not in calibration:
+        raise AjpqError(
+            f"quantized activations need a calibration, but {layer!r} has act_bits {bits} and no range; "
+            "pass calibrate(network, batches)"
+        )
+    return calibration[layer]
+
+
 class _Recorder(fx.Interpreter):
     """Runs the traced network and looks at what every layer reads; no hook touches a module."""
 

@@ -3,6 +3,8 @@
 `main()` finds the three sibling folders, runs the job, and turns every error that the user can mend into one sentence
 on stderr with exit status 2. Ctrl-C ends with status 130. Any other error is a bug and keeps its traceback;
 AJPQ_DEBUG=1 (or Hydra's HYDRA_FULL_ERROR=1) shows the traceback of every error.
+
+A job may run in a process that a launcher of Hydra starts, here or on another machine: `Task` is what is sent there.
 """
 
 import argparse
@@ -10,7 +12,11 @@ import importlib.util
 import os
 import sys
 import traceback
+from collections.abc import Callable
+from contextlib import redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -30,8 +36,7 @@ _folder: Path | None = None
 def main() -> int:
     """Run the command on `sys.argv`; returns or exits with 0, 2 (bad input) or 130 (interrupted)."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors over instead of printing them
-    # Threads that spin while they wait make training three times slower and more as soon as another job wants a core.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _wait_without_spinning()
     command = _command_line()
     try:
         if os.getcwd() not in sys.path:
@@ -39,10 +44,11 @@ def main() -> int:
         check_siblings()
         if command.multirun:
             check_sweep(command)
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(_task)()
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(Task())()
         return 0
     except KeyboardInterrupt:
-        kept = f"what was finished is kept in {_folder}" if _folder else "before anything was written"
+        place = _folder or ("the folder of the sweep" if command.multirun else None)
+        kept = f"what was finished is kept in {place}" if place else "before anything was written"
         sys.stderr.write(f"\najpq: interrupted: {kept}\n")
         return INTERRUPTED
     except Exception as error:
@@ -72,7 +78,42 @@ def check_sweep(command: argparse.Namespace) -> None:
         raise found[1]
 
 
-def _task(cfg: DictConfig) -> None:
+class Task:
+    """One job. Pickled by a launcher, it becomes a job in a process like that of the command: see `_arrive`."""
+
+    def __call__(self, cfg: DictConfig) -> None:
+        _job(cfg)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _arrive, (os.getcwd(), tuple(sys.path), DEBUG)
+
+
+def _arrive(folder: str, path: tuple[str, ...], debug: bool) -> Callable[[DictConfig], None]:
+    """The job for a process of a launcher, which gets the current folder and the module search path of the command."""
+    os.chdir(folder)
+    sys.path[:] = dict.fromkeys((*path, *sys.path))
+    _wait_without_spinning()
+    return partial(_captured_job, debug)
+
+
+def _captured_job(debug: bool, cfg: DictConfig) -> None:
+    """Run the job with its output in the file <name of the job>.out, and raise only what arrives whole when pickled.
+
+    That is AjpqError with the sentence, or RuntimeError with the traceback as its text.
+    """
+    context = HydraConfig.get()
+    with (Path(context.runtime.output_dir) / f"{context.job.name}.out").open("a") as out, redirect_stdout(out):
+        try:
+            _job(cfg)
+        except AjpqError:
+            if debug:
+                traceback.print_exc()
+            raise
+        except Exception:
+            raise RuntimeError(f"a job of the sweep failed with\n{traceback.format_exc()}") from None
+
+
+def _job(cfg: DictConfig) -> None:
     global _folder
     context = HydraConfig.get()
     folder = _folder = Path(context.runtime.output_dir)
@@ -84,11 +125,18 @@ def _task(cfg: DictConfig) -> None:
         sentence = explain(error)
         if sentence is None:
             raise
-        _discard(folder, context.output_subdir, f"{context.job.name}.log")
-        if context.mode == RunMode.MULTIRUN or DEBUG:
+        _discard(folder, context.output_subdir, context.job.name)
+        if context.mode == RunMode.MULTIRUN:
+            raise AjpqError(sentence) from error
+        if DEBUG:
             raise
         sys.stderr.write(f"ajpq: error: {sentence}\n")
         sys.exit(BAD_INPUT)
+
+
+def _wait_without_spinning() -> None:
+    # Threads that spin while they wait make training three times slower and more as soon as another job wants a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _command_line() -> argparse.Namespace:
@@ -113,16 +161,17 @@ def _report(error: Exception, command: argparse.Namespace) -> int:
     return BAD_INPUT
 
 
-def _discard(folder: Path, subfolder: str | None, log: str) -> None:
-    """Remove what Hydra wrote into `folder` before a job that then wrote nothing, and the folders left empty by it."""
+def _discard(folder: Path, subfolder: str | None, name: str) -> None:
+    """Remove what was written into `folder` before a job that then wrote nothing, and the folders left empty by it."""
     written = [path for path in folder.rglob("*") if path.is_file()]
-    of_hydra = {folder / log} | ({path for path in (folder / subfolder).rglob("*")} if subfolder else set())
-    if folder.resolve() in (Path.cwd(), *Path.cwd().parents) or not of_hydra.issuperset(written):
+    ours = {folder / f"{name}.log", folder / f"{name}.out", *((folder / subfolder).rglob("*") if subfolder else ())}
+    if folder.resolve() in (Path.cwd(), *Path.cwd().parents) or not ours.issuperset(written):
         return
     for path in written:
         path.unlink()
-    for empty in ([folder / subfolder] if subfolder else []) + [folder, *folder.parents]:
-        if empty.is_dir() and (any(empty.iterdir()) or Path.cwd() not in empty.resolve().parents):
-            break
-        if empty.is_dir():
-            empty.rmdir()
+    with suppress(OSError):  # another job of the sweep may fill or remove the folder above at the same time
+        for empty in ([folder / subfolder] if subfolder else []) + [folder, *folder.parents]:
+            if empty.is_dir() and (any(empty.iterdir()) or Path.cwd() not in empty.resolve().parents):
+                break
+            if empty.is_dir():
+                empty.rmdir()

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from ajpq import ops, quantize
-from ajpq.calibration import Calibration
-from ajpq.errors import AjpqError
+from ajpq.bank import WeightBank
+from ajpq.calibration import Calibration, range_of
 from ajpq.layers import ActQuant, ChannelAffine, FrozenLayer, Geometry, QuantLayer
 from ajpq.network import Network
 from ajpq.policy import CompressionPolicy
@@ -19,33 +19,36 @@ from ajpq.surgery import shrink
 _HALF_MAX = torch.finfo(torch.float16).max
 
 
-def compress(network: Network, policy: CompressionPolicy, calibration: Calibration | None = None) -> fx.GraphModule:
+def compress(
+    network: Network,
+    policy: CompressionPolicy,
+    calibration: Calibration | None = None,
+    bank: WeightBank | None = None,
+) -> fx.GraphModule:
     """The network without its pruned channels, every other kernel quantized to its width; in eval mode, trainable.
 
     Layers whose kernels and input all have 32 bits stay plain Conv2d or Linear. `calibration` gives the activation
-    steps and may be None only where all act_bits are 32. Raises AjpqError if the policy does not fit the network.
+    steps and may be None only where all act_bits are 32; `bank` keeps step sizes of kernels for the next call. Raises
+    AjpqError if the policy does not fit the network.
     """
     policy.validate(network)
     alive = policy.alive(network)
-    small = shrink(network, alive)
+    small, bank = shrink(network, alive), bank or WeightBank(network)
     for layer in network.layers:
-        bits = policy.weight_bits[layer.name][alive[layer.writes]]
+        kept = alive[layer.writes]
+        bits = policy.weight_bits[layer.name][kept]
         act_bits = policy.act_bits[layer.name]
         if act_bits == FLOAT and (bits == FLOAT).all():
             continue
-        if act_bits != FLOAT and (calibration is None or layer.name not in calibration):
-            raise AjpqError(
-                f"quantized activations need a calibration, but {layer.name!r} has act_bits {act_bits} and no range; "
-                "pass calibrate(network, batches)"
-            )
         if act_bits == FLOAT:
             act = ActQuant(FLOAT, True, torch.ones(()), learned=True)
         else:
-            seen = calibration[layer.name]
+            seen = range_of(layer.name, act_bits, calibration)
             act = ActQuant(act_bits, seen.signed, torch.tensor(seen.step(act_bits)), learned=True)
         plain = small.get_submodule(layer.name)
+        scale = bank.scales(layer, policy.weight_bits[layer.name])[torch.from_numpy(kept)]
         small.set_submodule(
-            layer.name, QuantLayer(plain.weight, plain.bias, torch.from_numpy(bits), Geometry.of(plain), act)
+            layer.name, QuantLayer(plain.weight, plain.bias, torch.from_numpy(bits), scale, Geometry.of(plain), act)
         )
     return small.eval()
 

@@ -27,6 +27,15 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 from ajpq.errors import AjpqError
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
+# Configuration that a plugin brings -> the extra that installs the plugin.
+EXTRAS = {
+    "hydra/launcher/joblib": "joblib",
+    "hydra/launcher/submitit_local": "submitit",
+    "hydra/launcher/submitit_slurm": "submitit",
+    "hydra/launcher/ray": "ray-launcher",
+}
+LAUNCHERS = {"joblib", "submitit", "ray"}
+_LOGS = re.compile(r"\n-{3}|\ntraceback")  # what launchers put between their own words and what a process wrote
 
 
 def explain(error: BaseException, command: argparse.Namespace | None = None) -> str | None:
@@ -38,7 +47,7 @@ def explain(error: BaseException, command: argparse.Namespace | None = None) -> 
     if isinstance(error, AjpqError):
         return str(error)
     if isinstance(error, InstantiationException):
-        if cause is None or isinstance(cause, AjpqError) or _raised_in_hydra(cause):
+        if cause is None or isinstance(cause, AjpqError) or _raised_in(cause) == "hydra":
             return _explain_target(error)
         return None
     if isinstance(error, MissingMandatoryValue):
@@ -46,9 +55,14 @@ def explain(error: BaseException, command: argparse.Namespace | None = None) -> 
     if isinstance(error, ConfigCompositionException | OverrideParseException):
         return _explain_override(error, command)
     if isinstance(error, CompactHydraException | InterpolationResolutionError) or (
-        isinstance(error, ValueError | TypeError) and _raised_in_hydra(error)
+        isinstance(error, ValueError | TypeError) and _raised_in(error) == "hydra"
     ):
         return _flat(error)
+    if {type(error).__module__.split(".")[0], _raised_in(error)} & LAUNCHERS:
+        return (
+            "the launcher must be able to start every job of the sweep and to wait for its end, but "
+            f"{type(error).__name__}: {_flat(_LOGS.split(str(error))[0])}; AJPQ_DEBUG=1 shows all of it"
+        )
     return None
 
 
@@ -82,6 +96,11 @@ def _explain_override(error: Exception, command: argparse.Namespace | None) -> s
         return _flat(error, error.__cause__)
     override, error, cfg = found
     key, _, value = override.lstrip("+~").partition("=")
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file in EXTRAS:
+        return (
+            f"`{override}` needs a plugin of Hydra that is not installed; install the extra that brings it, "
+            f"`pip install 'ajpq[{EXTRAS[error.missing_cfg_file]}]'`"
+        )
     if isinstance(error, MissingConfigException) and error.options:
         return (
             f"`{override}` must choose one of {', '.join(sorted(error.options))}, but there is no file "
@@ -148,10 +167,10 @@ def _closest(word: str, known: list[str], prefix: str = "") -> str:
     return f"; did you mean {' or '.join(f'`{prefix}{name}`' for name in near)}" if near else ""
 
 
-def _raised_in_hydra(error: BaseException) -> bool:
-    """Whether the innermost Python frame is Hydra's own: a call that could not even begin, say."""
+def _raised_in(error: BaseException) -> str:
+    """The package of the innermost Python frame; `hydra`, say, for a call that could not even begin."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return bool(frames) and frames[-1].f_globals.get("__name__", "").startswith("hydra.")
+    return frames[-1].f_globals.get("__name__", "").split(".")[0] if frames else ""
 
 
 def _flat(*errors: object) -> str:

@@ -74,13 +74,15 @@ class ActQuant(nn.Module):
 class QuantLayer(nn.Module):
     """A layer that learns while quantized: float weights, a learned scale per kernel, a learned activation step."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, bits: Tensor, geometry: Geometry, act: ActQuant) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, bits: Tensor, scale: Tensor, geometry: Geometry, act: ActQuant
+    ) -> None:
         super().__init__()
         self.geometry, self.act = geometry, act
         self.weight = nn.Parameter(weight.detach().clone())  # (c_out, c_in / groups, kh, kw)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())  # (c_out,)
         self.register_buffer("bits", bits.to(torch.uint8))  # (c_out,)
-        self.scale = nn.Parameter(quantize.fit_scale(weight, bits))  # (c_out,)
+        self.scale = nn.Parameter(scale.detach().clone())  # (c_out,)
 
     def forward(self, x: Tensor) -> Tensor:
         weight = quantize.fake_quantize(self.weight, self.bits, self.scale)

@@ -9,14 +9,16 @@ bit-widths belong to the kernels of layers.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import fx
 
 from ajpq.errors import AjpqError
+from ajpq.graph_pickle import pack, unpack
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +112,13 @@ class Network:
     moves: Mapping[str, Move]  # node name -> how to re-emit it
     unused: tuple[str, ...]  # conv and linear modules that the traced forward never calls: not shipped
     other_parameters: int  # float parameters of modules that are neither layers nor norms
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields; what was derived from them and cached is derived again."""
+        return {field.name: getattr(self, field.name) for field in fields(self)} | {"module": pack(self.module)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, module=unpack(state["module"]))
 
     @cached_property
     def index(self) -> dict[str, int]:

@@ -41,7 +41,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
         torch.set_num_threads(cfg.threads)
     parts = {
         name: instantiate(cfg[name], _convert_="all")
-        for name in ("data", "model", "choices", "costs", "importance", "reward", "search")
+        for name in ("data", "model", "choices", "costs", "importance", "reward", "evaluator", "search")
     }
     data: Data = parts["data"]
     recipes = {name: instantiate(cfg[name], _convert_="all") for name in ("train", "finetune")}
@@ -73,6 +73,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
             importance=parts["importance"],
             reward=parts["reward"],
             norm_images=cfg.norm_images,
+            evaluator=parts["evaluator"],
         )
     try:
         with screen.stage("search", limit or 0) as advance, record.open("a") as lines:
@@ -167,5 +168,7 @@ def _row(evaluation: Evaluation) -> dict[str, Any]:
         "accuracy": score.accuracy,
         "ratios": dict(score.ratios),
         "within": score.within,
+        "images": score.images,
+        "whole": score.whole,
         "seconds": round(evaluation.seconds, 3),
     }

@@ -5,7 +5,7 @@ tried.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,10 +17,11 @@ from ajpq.cost import BOPs, CostModel, MACs, Size
 from ajpq.data import Batches, take
 from ajpq.draft import Draft
 from ajpq.errors import AjpqError
-from ajpq.evaluate import Evaluator
 from ajpq.importance import Importance, magnitude
 from ajpq.network import Network
 from ajpq.policy import CompressionPolicy
+from ajpq.scoring.local import Local
+from ajpq.scoring.task import EvaluatorFactory, Measured, Task
 from ajpq.space import Choices, SearchSpace
 from ajpq.tracing import trace
 
@@ -29,13 +30,16 @@ CALIBRATION_IMAGES = 1000
 
 @dataclass(frozen=True)
 class Score:
-    """What one evaluation found. accuracy and ratios are fractions; costs are in each model's unit."""
+    """What one evaluation found. accuracy and ratios are fractions; costs are in each model's unit. whole: accuracy is
+    that of the whole search split; otherwise the evaluator gave up after `images` of them."""
 
     reward: float
     accuracy: float
     costs: Mapping[str, float]
     ratios: Mapping[str, float]  # to the uncompressed network
     within: bool  # every budget holds
+    images: int = 0
+    whole: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +92,8 @@ class Problem:
     search: batches (x, y), split off training, that every policy is scored on; never the test split
     budget: cost name -> largest fraction of the uncompressed network's cost
     costs: cost name -> model, beside and instead of size, macs, bops
-    evaluator: policy -> accuracy; the default measures it on `search` without training
+    evaluator: makes, from a `scoring.task.Task`, what measures policies; the default, `scoring.local.Local`, runs them
+        on `search` without training; `scoring.task.each(function)` takes a plain function policy -> accuracy
     on_evaluation: called with every new `Evaluation`
     Raises AjpqError for a network that cannot be traced and a budget that cannot be met.
     """
@@ -105,7 +110,7 @@ class Problem:
         importance: Importance = magnitude,
         reward: Reward = accuracy_reward,
         norm_images: int = 400,
-        evaluator: Callable[[CompressionPolicy], float] | None = None,
+        evaluator: EvaluatorFactory = Local,
         on_evaluation: Callable[[Evaluation], None] | None = None,
     ) -> None:
         choices = choices or Choices()
@@ -115,7 +120,8 @@ class Problem:
         self.budget = reachable(self.space, budget, costs)
         self.calibration = calibrate(self.network, calibration)
         self.choices, self.reward, self.on_evaluation = choices, reward, on_evaluation
-        self._evaluate = evaluator or Evaluator(self.network, self.calibration, calibration, search, norm_images)
+        norm_data = take(calibration, norm_images) if norm_images else []
+        self.evaluator = evaluator(Task(self.network, self.calibration, norm_data, search))
         self.history: list[Evaluation] = []
         self._memo: dict[str, Score] = {}
         self._start = time.perf_counter()
@@ -128,7 +134,7 @@ class Problem:
     @property
     def best(self) -> Evaluation | None:
         """The first evaluation with the highest reward within budget."""
-        within = [e for e in self.history if e.score.within]
+        within = [e for e in self.history if e.score.within and e.score.whole]
         return max(within, key=lambda e: (e.score.reward, -e.number), default=None)
 
     def draft(self) -> Draft:
@@ -137,18 +143,32 @@ class Problem:
 
     def score(self, policy: CompressionPolicy) -> Score:
         """Evaluate a policy. Pure and memoised on its digest. Raises AjpqError if it does not fit the network."""
-        key = policy.digest()
-        if key not in self._memo:
+        return self.score_all([policy])[0]
+
+    def score_all(self, policies: Sequence[CompressionPolicy]) -> list[Score]:
+        """Evaluate policies together, so that the evaluator can share work among them and run them in parallel; the
+        record lists them in the order that suits it. Raises AjpqError, before any is run, if one does not fit."""
+        for policy in policies:
             policy.validate(self.network)
-            accuracy = self._evaluate(policy)
-            costs = self.budget.values(policy)
-            ratios = {name: value / self.budget.original[name] for name, value in costs.items()}
-            within = all(ratios[name] <= limit * (1 + 1e-9) for name, limit in self.budget.limits.items())
-            score = self._memo[key] = Score(self.reward(accuracy, ratios), accuracy, costs, ratios, within)
-            self.history.append(Evaluation(len(self.history) + 1, policy, score, time.perf_counter() - self._start))
-            if self.on_evaluation is not None:
-                self.on_evaluation(self.history[-1])
-        return self._memo[key]
+        digests = [policy.digest() for policy in policies]
+        fresh = {key: policy for key, policy in zip(digests, policies, strict=True) if key not in self._memo}
+        keys, unknown = list(fresh), list(fresh.values())
+        if unknown:
+            floor = self.best.score.accuracy if self.best and self.reward is accuracy_reward else None
+            for i, measured in self.evaluator(unknown, floor):
+                self._record(keys[i], unknown[i], measured)
+        return [self._memo[key] for key in digests]
+
+    def _record(self, key: str, policy: CompressionPolicy, measured: Measured) -> None:
+        costs = self.budget.values(policy)
+        ratios = {name: value / self.budget.original[name] for name, value in costs.items()}
+        within = all(ratios[name] <= limit * (1 + 1e-9) for name, limit in self.budget.limits.items())
+        reward = self.reward(measured.accuracy, ratios)
+        self._memo[key] = Score(reward, measured.accuracy, costs, ratios, within, measured.images, measured.whole)
+        seconds = time.perf_counter() - self._start
+        self.history.append(Evaluation(len(self.history) + 1, policy, self._memo[key], seconds))
+        if self.on_evaluation is not None:
+            self.on_evaluation(self.history[-1])
 
     def result(self) -> SearchResult:
         """The best policy within budget so far. Raises AjpqError if there is none."""

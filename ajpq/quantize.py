@@ -56,6 +56,18 @@ def decode(codes: Tensor, bits: Tensor, scale: Tensor) -> Tensor:
     return torch.where(_per_kernel(coded, codes), values, torch.zeros_like(values))
 
 
+def contain(codes: Tensor, bits: Tensor) -> Tensor:
+    """The codes of every width on one grid through zero, int8: ``2 k + 1`` up to 3 bits, ``k`` above; weights are then
+    these times `container_scale`."""
+    rise = _per_kernel(grid(bits)[2] > 0, codes)
+    return torch.where(rise, 2 * codes + 1, codes)
+
+
+def container_scale(bits: Tensor, scale: Tensor) -> Tensor:
+    """Step size of the codes that `contain` gives, float32 (c_out,): half of the scale up to 3 bits."""
+    return torch.where(grid(bits)[2] > 0, scale / 2, scale)
+
+
 class _RoundSTE(torch.autograd.Function):
     """round with the straight-through gradient (Bengio et al. 2013, arXiv 1308.3432)."""
 

@@ -34,6 +34,12 @@ def shrink(network: Network, alive: np.ndarray) -> fx.GraphModule:
     return fx.GraphModule(parts, graph, class_name="Compressed").eval()
 
 
+def smaller_graph(network: Network, alive: np.ndarray) -> tuple[fx.Graph, dict[str, Tensor]]:
+    """The graph of `shrink` without its modules, and the tensors that its get_attr nodes name."""
+    tensors: dict[str, Any] = {}
+    return _Emitter(network, alive, tensors).graph(), tensors
+
+
 def _take(tensor: Tensor | None, rows: np.ndarray) -> nn.Parameter | None:
     return None if tensor is None else nn.Parameter(tensor.detach()[torch.from_numpy(rows)].clone())
 

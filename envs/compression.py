@@ -9,7 +9,8 @@ import gymnasium
 import numpy as np
 
 from ajpq.errors import AjpqError
-from ajpq.problem import Problem, Score
+from ajpq.policy import CompressionPolicy
+from ajpq.problem import Problem
 from envs.views import ChannelView, LayerView, View, turn
 
 Controller = Callable[[np.ndarray], np.ndarray]  # observation -> action
@@ -22,8 +23,9 @@ def constant(value: float = 0.0) -> Controller:
 
 def rollout(
     problem: Problem, views: dict[str, View], controllers: dict[str, Controller]
-) -> tuple[Score, dict[str, list]]:
-    """One episode of both controllers: its score, and for each the (observation, action) pairs of its turns."""
+) -> tuple[CompressionPolicy, dict[str, list]]:
+    """One episode of both controllers: the policy to be scored, and for each the (observation, action) pairs of its
+    turns."""
     draft = problem.draft()
     taken: dict[str, list] = {"layer": [], "channel": []}
     while (who := turn(draft)) is not None:
@@ -31,7 +33,7 @@ def rollout(
         action = controllers[who](observation)
         views[who].apply(draft, action)
         taken[who].append((observation, action))
-    return problem.score(draft.policy()), taken
+    return draft.policy(), taken
 
 
 class CompressionEnv(gymnasium.Env):

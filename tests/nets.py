@@ -14,10 +14,12 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ajpq import quantize
+from ajpq.calibration import Calibration, InputRange
 from ajpq.models import digits_cnn, resnet20
 from ajpq.network import Network
 from ajpq.policy import CompressionPolicy
 from ajpq.problem import Problem
+from ajpq.scoring.task import each
 from ajpq.tracing import trace
 
 TORCHVISION = (
@@ -148,36 +150,40 @@ def random_policy(
 
 
 @torch.no_grad()
-def masked(network: Network, policy: CompressionPolicy) -> fx.GraphModule:
-    """The original, full-size network with pruned kernels, biases and norm entries at zero, and all other kernels
-    quantized in place, from the weights that meet surviving inputs."""
-    module, alive = copy.deepcopy(network.module), policy.alive(network)
+def masked(
+    network: Network,
+    policy: CompressionPolicy,
+    calibration: Calibration | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> fx.GraphModule:
+    """The reference: the original, full-size network with pruned kernels, biases and norm entries at zero, all other
+    kernels quantized in place, and hooks that quantize what layers read."""
+    module, alive = copy.deepcopy(network.module).to(dtype), policy.alive(network)
     for layer in network.layers:
-        part = module.get_submodule(layer.name)
-        bits = policy.weight_bits[layer.name]
-        pruned = torch.from_numpy(bits == 0)
-        part.weight[pruned] = 0
+        part, bits = module.get_submodule(layer.name), torch.from_numpy(policy.weight_bits[layer.name])
+        weight = network.module.get_submodule(layer.name).weight
+        scale = quantize.fit_scale(weight, bits)
+        offset, scales = (t.to(dtype).reshape(-1, *[1] * (weight.ndim - 1)) for t in (quantize.grid(bits)[2], scale))
+        whole = (quantize.encode(weight, bits, scale).to(dtype) + offset) * scales
+        whole[bits == 32] = weight[bits == 32].to(dtype)
+        part.weight.copy_(whole)
         if part.bias is not None:
-            part.bias[pruned] = 0
-        met = (
-            torch.from_numpy(alive[layer.reads])
-            .reshape(layer.groups, -1)
-            .repeat_interleave(layer.c_out // layer.groups, 0)
-        )
-        for inputs in met.unique(dim=0):  # (c_in / groups,): which inputs of a kernel survive
-            kernels = (met == inputs).all(1) & torch.from_numpy((bits > 0) & (bits < 32))
-            if kernels.any():
-                widths = torch.from_numpy(bits)[kernels]
-                seen = part.weight[kernels][:, inputs]
-                whole = part.weight[kernels]
-                whole[:, inputs] = quantize.fake_quantize(seen, widths, quantize.fit_scale(seen, widths))
-                part.weight[kernels] = whole
+            part.bias[bits == 0] = 0
+        act_bits = policy.act_bits[layer.name]
+        if act_bits != 32:
+            part.register_forward_pre_hook(_rounding(calibration[layer.name], act_bits))
     for norm in network.norms:
         part, dead = module.get_submodule(norm.name), torch.from_numpy(~alive[norm.channels])
         for tensor in (part.weight, part.bias, part.running_mean):
             if tensor is not None:
                 tensor[dead] = 0
     return module
+
+
+def _rounding(seen: InputRange, bits: int) -> Callable:
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if seen.signed else (0, 2**bits - 1)
+    step = np.float32(seen.step(bits))
+    return lambda _, args: ((args[0] * float(1 / step)).round().clamp(low, high) * float(step),)
 
 
 def difference(a: nn.Module, b: nn.Module, x: Tensor) -> float:
@@ -329,7 +335,7 @@ def batches_of(network: Network, count: int = 1, size: int = 8, seed: int = 0) -
 
 
 def problem_of(name: str = "digits_cnn", budget: dict[str, float] | None = None, **options) -> Problem:
-    """A problem on noise; unless told otherwise its evaluator is the mean width, so that nothing is run."""
+    """A problem on noise. evaluator: policy -> accuracy; if not given the mean width, so that nothing is run."""
     network = network_of(name)
-    options.setdefault("evaluator", lambda policy: policy.mean_bits() / 32)
+    options["evaluator"] = each(options.get("evaluator", lambda policy: policy.mean_bits() / 32))
     return Problem(network, batches_of(network), batches_of(network, seed=1), budget or {"size": 0.1}, **options)

@@ -13,6 +13,7 @@ from torch import nn
 
 from ajpq.errors import AjpqError
 from ajpq.problem import Problem
+from ajpq.scoring.task import each
 from ajpq.space import Choices
 from envs.compression import CompressionEnv, constant, rollout
 from envs.views import ChannelView, LayerView, pick, turn
@@ -179,10 +180,10 @@ def test_the_partner_answers_for_the_other_controller():
 
 def test_a_rollout_records_the_turns_of_both():
     made = problem()
-    score, taken = rollout(
+    policy, taken = rollout(
         made, {"layer": LayerView(made), "channel": ChannelView(made)}, {"layer": constant(), "channel": constant(-1.0)}
     )
-    assert score.within and made.evaluations == 1
+    assert made.evaluations == 0 and made.score(policy).within
     assert {o.shape for o, _ in taken["layer"]} == {(16,)} and {o.shape for o, _ in taken["channel"]} == {(21,)}
     prunable = sum(space.prunable for space in made.network.spaces)
     assert len(taken["layer"]) == prunable and len(taken["channel"]) > 3 * prunable
@@ -245,7 +246,7 @@ def test_a_network_of_one_layer_can_be_walked():
         [],
         {"size": 1.0},
         choices=Choices(first_last=None),
-        evaluator=lambda policy: 0.5,
+        evaluator=each(lambda policy: 0.5),
     )
     env = CompressionEnv(made, "channel")
     observation, _ = env.reset()

@@ -8,7 +8,6 @@ from nets import batches_of, images_of, model_of, network_of, problem_of
 from ajpq.compression import compress
 from ajpq.cost import MACs
 from ajpq.errors import AjpqError
-from ajpq.evaluate import Evaluator
 from ajpq.policy import CompressionPolicy
 from ajpq.problem import Problem
 from ajpq.space import Choices
@@ -146,7 +145,8 @@ def test_the_default_evaluator_runs_the_compressed_network_with_fresh_norms():
     recalibrate(student, calibration[:2])
     fresh = accuracy(student, search)
     assert problem.score(policy).accuracy == fresh
-    assert Evaluator(problem.network, problem.calibration, calibration, search, 0)(policy) == stale
+    folded = Problem(network, calibration, search, {"size": 0.2}, norm_images=0)
+    assert folded.score(policy).accuracy == stale
     with torch.no_grad():
         x = images_of("digits_cnn")
         assert torch.equal(problem.network.module(x), model_of("digits_cnn")(x))  # scoring leaves the network as it is

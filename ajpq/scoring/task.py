@@ -1,0 +1,57 @@
+"""What an evaluator is given and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from ajpq.calibration import Calibration
+from ajpq.data import Batches
+from ajpq.network import Network
+from ajpq.policy import CompressionPolicy
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Everything that the accuracy of a policy depends on.
+
+    calibration: activation ranges of the uncompressed network
+    norm_data: batches (x, y) that batch-norms are re-estimated on before a policy is measured; empty = never
+    search_data: batches (x, y), split off training, that accuracy is measured on
+    """
+
+    network: Network
+    calibration: Calibration
+    norm_data: Batches
+    search_data: Batches
+
+
+@dataclass(frozen=True)
+class Measured:
+    """accuracy: a fraction of `images`; whole: these are all images of the search split."""
+
+    accuracy: float
+    images: int
+    whole: bool = True
+
+
+class Evaluator(Protocol):
+    def __call__(
+        self, policies: Sequence[CompressionPolicy], floor: float | None = None
+    ) -> Iterator[tuple[int, Measured]]:
+        """Measure valid policies; yields (place in `policies`, result) as each becomes known, in an order that depends
+        on the policies alone. floor: the accuracy to beat; a policy that cannot may be given up early (whole=False)."""
+
+
+EvaluatorFactory = Callable[[Task], Evaluator]
+
+
+def each(accuracy: Callable[[CompressionPolicy], float]) -> EvaluatorFactory:
+    """An evaluator from a plain function policy -> accuracy."""
+
+    def evaluate(policies: Sequence[CompressionPolicy], floor: float | None = None) -> Iterator[tuple[int, Measured]]:
+        for i, policy in enumerate(policies):
+            yield i, Measured(accuracy(policy), 0)
+
+    return lambda task: evaluate

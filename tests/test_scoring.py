@@ -1,0 +1,291 @@
+"""Scoring: the fast path is the plain, masked, fake-quantized module; integers are exact; what is shared changes
+nothing."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from nets import (
+    TORCHVISION,
+    RandomNet,
+    batches_of,
+    conv,
+    masked,
+    network_of,
+    random_policy,
+    randomise,
+    traced,
+)  # fmt: skip
+from torch import nn
+from torch.nn import functional as F
+
+from ajpq.calibration import calibrate
+from ajpq.errors import AjpqError
+from ajpq.layers import Geometry
+from ajpq.network import Network
+from ajpq.policy import CompressionPolicy
+from ajpq.scoring import local
+from ajpq.scoring.engine import Engine
+from ajpq.scoring.fusion import Unfit
+from ajpq.scoring.kernels import Floats, Grid, Int8, Int8Conv, LayerWeights, integers_are_exact
+from ajpq.scoring.local import Local
+from ajpq.scoring.reference import Reference
+from ajpq.scoring.task import Task
+from ajpq.tracing import trace
+from ajpq.training import recalibrate
+
+NEEDS_INT8 = pytest.mark.skipif(not integers_are_exact(), reason="this processor does not convolve bytes exactly")
+
+
+def task_of(network: Network, norms: bool = True, batches: int = 2, size: int = 4) -> Task:
+    data = batches_of(network, 2, size)
+    return Task(network, calibrate(network, data), data if norms else [], batches_of(network, batches, size, seed=5))
+
+
+def double(batches: list) -> list:
+    return [(x.double(), y) for x, y in batches]
+
+
+@torch.no_grad()
+def outputs(module: nn.Module, batches: list) -> torch.Tensor:
+    return torch.cat([module(x) for x, _ in batches])
+
+
+def error(found: torch.Tensor, right: torch.Tensor) -> float:
+    """Largest difference, in units of the largest logit where that is above 1."""
+    return ((found - right).abs().max() / right.abs().max().clamp(min=1)).item()
+
+
+def check_equal(network: Network, seed: int) -> None:
+    """Float32 where nothing is rounded on the way; with rounded activations and fresh norms in float64, because one
+    code that tips over at the last bit is a whole step."""
+    task = task_of(network, norms=False)
+    policy = random_policy(network, seed, 0.4)
+    for arithmetic in ("float32", "auto"):
+        found = Local(task, workers=1, arithmetic=arithmetic).logits(policy)
+        assert error(found, outputs(masked(network, policy), task.search_data)) <= 1e-5
+    task = task_of(network)
+    policy = random_policy(network, seed, 0.4, act_bits=(2, 4, 8, 32))
+    reference = masked(network, policy, task.calibration, torch.float64)
+    recalibrate(reference, double(task.norm_data))
+    found = Local(task, workers=1, arithmetic="float64").logits(policy)
+    assert error(found, outputs(reference, double(task.search_data))) <= 1e-9
+
+
+@pytest.mark.parametrize("name", ("digits_cnn", "resnet20", *TORCHVISION))
+def test_the_fast_path_equals_the_reference(name):
+    check_equal(network_of(name), 0)
+
+
+@pytest.mark.parametrize("start", range(0, 50, 10))
+def test_the_fast_path_equals_the_reference_on_random_networks(start):
+    for seed in range(start, start + 10):
+        torch.manual_seed(seed)
+        check_equal(trace(randomise(RandomNet(seed)), torch.randn(2, 3, 8, 8)), seed)
+
+
+# -- integers ---------------------------------------------------------------------------------------------------------
+
+GEOMETRIES = (
+    (16, 16, 3, Geometry(True, (1, 1), (1, 1))),
+    (3, 7, 5, Geometry(True, (2, 1), (2, 0))),
+    (13, 1, 1, Geometry(True)),
+    (8, 12, 3, Geometry(True, (1, 1), (2, 2), (2, 2), groups=4)),
+    (10, 10, 3, Geometry(True, (2, 2), (1, 1), groups=10)),
+    (5, 10, 3, Geometry(True, (1, 1), (1, 1), groups=5)),
+)
+
+
+@NEEDS_INT8
+@pytest.mark.parametrize("c_in, c_out, kernel, geometry", GEOMETRIES)
+@pytest.mark.parametrize("signed", (False, True))
+def test_integer_convolutions_are_exact(c_in, c_out, kernel, geometry, signed):
+    random = torch.Generator().manual_seed(c_in)
+    codes = torch.randint(-127, 128, (c_out, c_in // geometry.groups, kernel, kernel), generator=random).to(torch.int8)
+    weights = LayerWeights(codes, torch.rand(c_out, generator=random) + 0.1, torch.randn(c_out), None, None)
+    x = torch.randn(3, c_in, 9, 8, generator=random)
+    x = x if signed else x.abs()
+    for bits in (8, 5, 2, 1):
+        grid, out = Grid(bits, signed, 4 / 2**bits), Grid(4, True, 64.0)
+        fast, slow = Int8Conv(weights, geometry, grid), Floats(torch.float64).layer(weights, geometry, grid)
+        q, right = Int8().quantize(x, grid), Floats(torch.float64).quantize(x.double(), grid)
+        assert torch.equal(q.double() - grid.zero, right) and right.min() >= grid.low and right.max() <= grid.high
+        gain, shift = torch.randn(c_out, generator=random), torch.randn(c_out, generator=random)
+        assert error(fast(q), slow(right)) <= 1e-6 and error(fast.plain(q), slow.plain(right)) <= 1e-6
+        fast.affine(gain, shift), slow.affine(gain.double(), shift.double())
+        assert error(fast(q), slow(right)) <= 1e-6 and error(fast(q, None, True), slow(right).relu()) <= 1e-6
+        assert error(fast.plain(q), slow.plain(right)) <= 1e-6
+        codes = fast(q, out).double() - out.zero
+        exact = slow(right) / out.step
+        assert (codes - exact.clamp(out.low, out.high)).abs().max() <= 0.5 + 1e-4
+
+
+@NEEDS_INT8
+@pytest.mark.parametrize("name", ("digits_cnn", "resnet20", "mobilenet_v2", "shufflenet_v2_x0_5", "densenet121"))
+def test_every_integer_step_equals_the_float_step_on_the_same_input(name):
+    network = network_of(name)
+    task = task_of(network)
+    policy = random_policy(network, 1, 0.3, widths=(1, 2, 3, 4, 8), act_bits=(3, 8))
+    engines = [Engine(task, arithmetic, 0) for arithmetic in (Int8(), Floats(torch.float64))]
+    fast, slow = (engine.program(policy) for engine in engines)
+    twins = {step.out: step for step in slow.steps}
+    values, checked = {fast.input: engines[0].ready(task.search_data[0][0])}, 0
+    with torch.inference_mode():
+        for step in fast.steps:
+            read = [values[name] for name in step.reads]
+            values[step.out] = found = step.run(*read)
+            node, _, grid = step.out.partition("|")
+            twin = twins.get(node if step.work else step.out)
+            if twin is None or found.dtype not in (torch.float32, torch.uint8):
+                continue
+            zeros = [128 if "s" in name.partition("|")[2] else 0 for name in step.reads]
+            exact = [v.double() - z if v.dtype == torch.uint8 else v.double() for v, z in zip(read, zeros, strict=True)]
+            right = twin.run(*exact)
+            if grid and step.work:
+                right = twins[step.out].run(right)
+            if grid:  # equal but for ties
+                off = (found.double() - (128 if "s" in grid else 0) - right).abs()
+                assert off.max() <= 1 and (off > 0).double().mean() < 1e-3, step.out
+            else:
+                assert error(found, right) <= 2e-6, step.out
+            checked += 1
+    assert checked >= len(network.layers)
+
+
+# -- what candidates share --------------------------------------------------------------------------------------------
+
+
+def mutations(network: Network, count: int, seed: int = 0) -> list[CompressionPolicy]:
+    """A policy and copies of it that differ in the widths of one layer each."""
+    random, first = np.random.default_rng(seed), random_policy(network, seed, 0.3, (2, 4, 8), (8,))
+    found = [first]
+    for _ in range(count):
+        bits = {name: b.copy() for name, b in first.weight_bits.items()}
+        layer = network.layers[random.integers(len(network.layers))]
+        bits[layer.name][bits[layer.name] > 0] = random.choice((1, 3, 6))
+        found.append(CompressionPolicy(bits, first.act_bits))
+    return found
+
+
+@pytest.mark.parametrize("name", ("digits_cnn", "resnet20", "shufflenet_v2_x0_5"))
+def test_scores_do_not_depend_on_what_was_kept_or_on_workers(name):
+    network = network_of(name)
+    task = task_of(network, batches=3)
+    policies = mutations(network, 8)
+    alone = [Local(task, workers=1, cache_bytes=0).logits(policy) for policy in policies]
+    for capacity, workers in ((2**30, 1), (2**19, 3), (2**15, 2)):
+        evaluator = Local(task, workers=workers, cache_bytes=capacity)
+        for _ in range(2):
+            for policy, right in zip(policies, alone, strict=True):
+                assert torch.equal(evaluator.logits(policy), right)
+                assert evaluator.engine.shelf.held <= capacity
+    evaluator = Local(task, workers=1)
+    together = dict(evaluator(policies))
+    assert [together[i] for i in range(9)] == [evaluator.measure(policy) for policy in policies]
+
+
+def test_a_known_prefix_is_not_run_again():
+    network = network_of("resnet20")
+    evaluator = Local(task_of(network), workers=1)
+    first = random_policy(network, 0, 0.3, (2, 4), (8,))
+    last = CompressionPolicy({**first.weight_bits, "linear": np.full(10, 8, np.uint8)}, first.act_bits)
+    evaluator.measure(first)
+    program, ran = evaluator.engine.program(last), []
+    for step in program.steps:
+        step.run = lambda *values, run=step.run, out=step.out: (ran.append(out), run(*values))[1]
+        step.observe = None
+    evaluator.engine.estimate_norms(program, map)
+    with torch.inference_mode():
+        evaluator.engine.logits(program, evaluator.batches[0][0], 0)
+    assert 1 <= len(ran) <= 3 and ran[-1] == program.output
+
+
+def test_neighbours_in_a_batch_begin_alike():
+    network = network_of("digits_cnn")
+    evaluator = Local(task_of(network), workers=1)
+    one, two = (random_policy(network, seed, 0.3, (2, 4), (8,)) for seed in range(2))
+    last = [CompressionPolicy({**p.weight_bits, "linear": np.full(10, 8, np.uint8)}, p.act_bits) for p in (one, two)]
+    order = [i for i, _ in evaluator([one, two, *last])]
+    assert {frozenset(order[:2]), frozenset(order[2:])} == {frozenset((0, 2)), frozenset((1, 3))}
+
+
+def test_the_network_is_left_as_it_was():
+    network = network_of("resnet20")
+    before, modes = copy.deepcopy(network.module.state_dict()), [m.training for m in network.module.modules()]
+    task = task_of(network)
+    Local(task, workers=2).measure(random_policy(network, 0, 0.4, (2, 8), (8,)))
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.module.state_dict().items())
+    assert modes == [m.training for m in network.module.modules()]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.module.modules())
+
+
+def test_threads_of_torch_are_left_as_they_were():
+    before = torch.get_num_threads()
+    Local(task_of(network_of("digits_cnn")), workers=3).measure(random_policy(network_of("digits_cnn"), 0))
+    assert torch.get_num_threads() == before
+
+
+# -- what cannot be run in steps, and bad settings --------------------------------------------------------------------
+
+
+def test_a_network_that_writes_into_what_it_reads_again_is_measured_by_the_reference():
+    def run(m, x):
+        y = m.a(x)
+        z = F.relu(y, inplace=True)
+        return m.l((m.b(z) + y).mean((2, 3)))
+
+    network = traced(run, a=conv(3, 6), b=conv(6, 6), l=nn.Linear(6, 10))
+    task, policy = task_of(network, size=16), random_policy(network, 0, 0.2, (4, 8), (8,))
+    evaluator = Local(task, workers=1)
+    with pytest.raises(Unfit):
+        evaluator.engine.program(policy)
+    assert evaluator.measure(policy).accuracy == Reference(task).measure(policy)
+    assert evaluator.measure(policy).images == 32
+
+
+def test_norms_that_are_called_twice_or_see_one_value_per_image():
+    network = traced(
+        lambda m, x: m.l(m.k(m.n(m.b(F.relu(m.n(m.a(x))))).mean((2, 3)))),
+        a=conv(3, 6), b=conv(6, 6), n=nn.BatchNorm2d(6), k=nn.BatchNorm1d(6), l=nn.Linear(6, 5),
+    )  # fmt: skip
+    check_equal(network, 3)
+
+
+def test_bad_settings_are_one_sentence(monkeypatch):
+    task = task_of(network_of("digits_cnn"))
+    with pytest.raises(AjpqError, match="workers >= 1"):
+        Local(task, workers=0)
+    with pytest.raises(AjpqError, match="risk"):
+        Local(task, risk=1.0)
+    with pytest.raises(AjpqError, match="must be one of auto, int8"):
+        Local(task, arithmetic="int4")
+    with pytest.raises(AjpqError, match="at least one image"):
+        Local(Task(task.network, task.calibration, [], []))
+    if not torch.cuda.is_available():
+        with pytest.raises(AjpqError, match="'cuda' is not there"):
+            Local(task, device="cuda")
+    monkeypatch.setattr(local, "integers_are_exact", lambda: False)
+    assert type(Local(task).engine.arithmetic) is Floats
+    with pytest.raises(AjpqError, match="arithmetic=int8 must be exact"):
+        Local(task, arithmetic="int8")
+
+
+def test_bfloat16_is_checked_against_the_exact_score(monkeypatch):
+    task = task_of(network_of("digits_cnn"), size=32)
+    policy = random_policy(task.network, 0, 0.2, (8,), (8,))
+    monkeypatch.setattr(local, "TOLERANCE", 1.0)
+    rounded = Local(task, arithmetic="bfloat16").logits(policy)
+    exact = Local(task).logits(policy)
+    assert rounded.dtype == torch.float32 and 0 < error(rounded, exact) < 0.2
+    monkeypatch.setattr(local, "TOLERANCE", -1.0)
+    with pytest.raises(AjpqError, match="arithmetic=bfloat16 must keep accuracies within"):
+        Local(task, arithmetic="bfloat16")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ("digits_cnn", "resnet20"))
+def test_cuda_computes_the_same(name):
+    task = task_of(network_of(name))
+    policy = random_policy(task.network, 0, 0.3)
+    assert error(Local(task, device="cuda").logits(policy).cpu(), Local(task).logits(policy)) <= 1e-4
