@@ -21,6 +21,7 @@ from ajpq.data import Data, take
 from ajpq.errors import AjpqError
 from ajpq.files import write_text
 from ajpq.finetuning import finetune
+from ajpq.memory import keep_freed_memory
 from ajpq.problem import Evaluation, Problem, reachable
 from ajpq.shipping import load, ship
 from ajpq.space import SearchSpace
@@ -36,6 +37,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
     policy so far, during fine-tuning the network as it is) and passes on.
     """
     screen = Screen()
+    keep_freed_memory()
     torch.manual_seed(cfg.seed)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)

@@ -143,6 +143,10 @@ class CompressionPolicy:
             sha.update(np.ascontiguousarray(self.weight_bits[name], np.uint8).tobytes())
         return sha.hexdigest()[:16]
 
+    def walk(self, network: Network) -> tuple:
+        """Its widths in execution order: sorted by it, policies that begin alike are neighbours."""
+        return tuple((self.act_bits[layer.name], self.weight_bits[layer.name].tobytes()) for layer in network.layers)
+
     def mean_bits(self) -> float:
         """Mean width over all kernels, pruned ones counted as 0."""
         return float(np.concatenate(list(self.weight_bits.values())).mean())

@@ -146,17 +146,17 @@ class Problem:
         return self.score_all([policy])[0]
 
     def score_all(self, policies: Sequence[CompressionPolicy]) -> list[Score]:
-        """Evaluate policies together, so that the evaluator can share work among them and run them in parallel; the
-        record lists them in the order that suits it. Raises AjpqError, before any is run, if one does not fit."""
+        """Evaluate policies together, so that the evaluator can run them in parallel, and those that begin alike one
+        after the other: in this order the record has them. Raises AjpqError, before any is run, if one does not fit."""
         for policy in policies:
             policy.validate(self.network)
         digests = [policy.digest() for policy in policies]
         fresh = {key: policy for key, policy in zip(digests, policies, strict=True) if key not in self._memo}
-        keys, unknown = list(fresh), list(fresh.values())
-        if unknown:
+        order = sorted(fresh, key=lambda key: fresh[key].walk(self.network))
+        if order:
             floor = self.best.score.accuracy if self.best and self.reward is accuracy_reward else None
-            for i, measured in self.evaluator(unknown, floor):
-                self._record(keys[i], unknown[i], measured)
+            for i, measured in self.evaluator([fresh[key] for key in order], floor):
+                self._record(order[i], fresh[order[i]], measured)
         return [self._memo[key] for key in digests]
 
     def _record(self, key: str, policy: CompressionPolicy, measured: Measured) -> None:

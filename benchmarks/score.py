@@ -14,9 +14,10 @@ import argparse
 import copy
 import platform
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from ajpq.calibration import calibrate
 from ajpq.checkpoint import load_weights
 from ajpq.compression import compress
 from ajpq.data import cifar10, take
+from ajpq.memory import keep_freed_memory
 from ajpq.models import cifar_resnet
 from ajpq.policy import CompressionPolicy
 from ajpq.scoring.local import Local
@@ -44,7 +46,11 @@ def main() -> None:
     folded = Task(network, ranges, [], search)
     fresh = Task(network, ranges, take(calibration, 400), search)
     full = CompressionPolicy.homogeneous(network, 4, 8)
+    if options.grow is not None:
+        _grow(fresh, full, options)
+        return
     half = _at_half_the_macs(network)
+    keep_freed_memory()  # for every contestant
     say(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {options.threads} threads, "
         f"ResNet-20, {sum(len(y) for _, y in search)} images, {options.rounds} rounds")  # fmt: skip
 
@@ -148,34 +154,50 @@ def _macs(network, policy) -> float:
 
 def _one_layer(task: Task, first: CompressionPolicy, options: argparse.Namespace) -> None:
     """Candidates that differ from a known one in one random layer, against the same candidates without reuse."""
-    random, network = np.random.default_rng(0), task.network
-    for megabytes in (1024, 256, 64):
-        before = _resident()
+    for megabytes in CACHES:
         evaluator = Local(task, workers=options.threads, cache_bytes=megabytes * 2**20)
         plain = Local(task, workers=options.threads, cache_bytes=0)
         evaluator.measure(first), plain.measure(first)
         ratios, equal = [], True
-        for _ in range(max(40, options.rounds)):
-            bits = {name: b.copy() for name, b in first.weight_bits.items()}
-            layer = network.layers[random.integers(len(network.layers))]
-            chosen = random.random(layer.c_out) < 0.5
-            bits[layer.name][chosen] = random.choice((2, 3, 6, 8))
-            policy = CompressionPolicy(bits, first.act_bits)
+        for policy in _neighbours(task.network, first, 60):
             began = time.perf_counter()
             reused = evaluator.measure(policy)
             middle = time.perf_counter()
             plain.engine.forget()
-            alone = plain.measure(policy)
+            equal &= plain.measure(policy) == reused
             ratios.append((middle - began) / (time.perf_counter() - middle))
-            equal &= reused == alone
-        say(f"one layer differs, cache {megabytes:4} MiB: mean {np.mean(ratios):.3f}, median {np.median(ratios):.3f} of "
-            f"the same without reuse; scores equal: {equal}; memory grew by {(_resident() - before) / 2**20:.0f} MiB")  # fmt: skip
-        del evaluator, plain
+        grown = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--grow", str(megabytes)], **_PIPE).stdout
+        say(
+            f"one layer differs, cache {megabytes:4} MiB: {np.mean(ratios):.3f} of the same without reuse (mean of 60), "
+            f"scores equal: {equal}; a process that does only this grows by {grown.strip()} MiB"
+        )
 
 
-def _resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1]) if Path("/proc/self/statm").exists() else 0
-    return pages * 4096
+_PIPE = {"capture_output": True, "text": True, "check": True}
+CACHES = (1024, 512, 256)  # MiB
+
+
+def _neighbours(network, first: CompressionPolicy, count: int) -> Iterator[CompressionPolicy]:
+    random = np.random.default_rng(0)
+    for _ in range(count):
+        bits = {name: b.copy() for name, b in first.weight_bits.items()}
+        layer = network.layers[random.integers(len(network.layers))]
+        bits[layer.name][random.random(layer.c_out) < 0.5] = random.choice((2, 3, 6, 8))
+        yield CompressionPolicy(bits, first.act_bits)
+
+
+def _grow(task: Task, first: CompressionPolicy, options: argparse.Namespace) -> None:
+    """Print by how much this process grows, at its peak, over the network and the images."""
+    before = _status("VmRSS")
+    evaluator = Local(task, workers=options.threads, cache_bytes=options.grow * 2**20)
+    for policy in (first, *_neighbours(task.network, first, 30)):
+        evaluator.measure(policy)
+    say(f"{(_status('VmHWM') - before) / 1024:.0f}")
+
+
+def _status(name: str) -> int:
+    """KiB, on Linux."""
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if name in line)
 
 
 def _scaling(options: argparse.Namespace) -> None:
@@ -205,10 +227,10 @@ def _ray(task: Task, options: argparse.Namespace) -> None:
     from ajpq.scoring.cluster import Ray
 
     random, times = np.random.default_rng(0), {}
-    policies = []
+    eight, policies = CompressionPolicy.homogeneous(task.network, 8, 8), []
     for _ in range(16):
-        bits = {layer.name: random.choice((2, 3, 4, 6, 8), layer.c_out) for layer in task.network.layers}
-        policies.append(CompressionPolicy({n: b.astype(np.uint8) for n, b in bits.items()}, CompressionPolicy.homogeneous(task.network, 8, 8).act_bits))  # fmt: skip
+        bits = {name: random.choice((2, 3, 4, 6, 8), len(b)).astype(np.uint8) for name, b in eight.weight_bits.items()}
+        policies.append(CompressionPolicy(bits, eight.act_bits))
     for workers in (1, 2):
         evaluator = Ray(task, workers=workers, cache_bytes=0)
         list(evaluator(policies[:workers]))  # start-up
@@ -237,6 +259,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--ray", action="store_true")
+    parser.add_argument("--grow", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

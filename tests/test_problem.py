@@ -63,6 +63,21 @@ def test_the_record_is_in_order_and_the_best_is_the_first_of_the_best():
     )
 
 
+def test_policies_scored_together_are_recorded_once_and_those_that_begin_alike_together():
+    counter = Counter()
+    problem = problem_of(budget={"size": 0.5}, evaluator=counter)
+    one, two = (problem.space.homogeneous(width) for width in (2, 3))
+    last = [CompressionPolicy({**p.weight_bits, "linear": np.full(10, 4, np.uint8)}, p.act_bits) for p in (one, two)]
+    scores = problem.score_all([one, two, *last, one])
+    assert len(scores) == 5 and scores[0] is scores[4] and problem.evaluations == len(counter.seen) == 4
+    order = [[one, two, *last].index(policy) for policy in counter.seen]
+    assert {frozenset(order[:2]), frozenset(order[2:])} == {frozenset((0, 2)), frozenset((1, 3))}
+    bad = CompressionPolicy({**one.weight_bits, "linear": np.zeros(10, np.uint8)}, one.act_bits)
+    with pytest.raises(AjpqError, match="'linear'"):
+        problem.score_all([problem.space.homogeneous(1), bad])
+    assert problem.evaluations == 4
+
+
 def test_the_best_is_within_budget():
     problem = problem_of(evaluator=Counter(1.0, 0.2))
     outside = problem.score(CompressionPolicy.homogeneous(problem.network))

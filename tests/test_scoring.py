@@ -201,15 +201,6 @@ def test_a_known_prefix_is_not_run_again():
     assert 1 <= len(ran) <= 3 and ran[-1] == program.output
 
 
-def test_neighbours_in_a_batch_begin_alike():
-    network = network_of("digits_cnn")
-    evaluator = Local(task_of(network), workers=1)
-    one, two = (random_policy(network, seed, 0.3, (2, 4), (8,)) for seed in range(2))
-    last = [CompressionPolicy({**p.weight_bits, "linear": np.full(10, 8, np.uint8)}, p.act_bits) for p in (one, two)]
-    order = [i for i, _ in evaluator([one, two, *last])]
-    assert {frozenset(order[:2]), frozenset(order[2:])} == {frozenset((0, 2)), frozenset((1, 3))}
-
-
 def test_the_network_is_left_as_it_was():
     network = network_of("resnet20")
     before, modes = copy.deepcopy(network.module.state_dict()), [m.training for m in network.module.modules()]

@@ -16,7 +16,7 @@ from ajpq.policy import CompressionPolicy
 from ajpq.scoring.fusion import Skeleton, skeleton
 from ajpq.scoring.kernels import Floats
 from ajpq.scoring.program import Builder, Program
-from ajpq.scoring.shelf import Shelf
+from ajpq.scoring.shelf import Shelf, size_of
 from ajpq.scoring.task import Task
 from ajpq.surgery import smaller_graph
 
@@ -31,6 +31,7 @@ class Engine:
     def __init__(self, task: Task, arithmetic: Floats, cache_bytes: int) -> None:
         self.network, self.calibration, self.arithmetic = task.network, task.calibration, arithmetic
         self.bank, self.shelf = WeightBank(task.network), Shelf(cache_bytes)
+        self.in_flight = 0  # most bytes of activations that one batch has needed at once
         self.norm_data = [self.ready(x) for x, *_ in task.norm_data]
         self._skeletons: OrderedDict[bytes, Skeleton] = OrderedDict()
         self._statistics: OrderedDict[bytes, tuple[Tensor, Tensor]] = OrderedDict()
@@ -130,6 +131,7 @@ class Engine:
                 read = [values[name] for name in step.reads]
                 value = values[step.out] = run(i, read)
                 worth += step.work
+                self.in_flight = max(self.in_flight, sum(map(size_of, values.values())))
                 if not step.cheap and i + 1 < end and not _is_view(value, read):
                     self.shelf.offer((step.key, *place), value, worth, step.key)
                 for name in program.dead[i]:

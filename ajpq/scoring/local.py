@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ajpq.errors import AjpqError
+from ajpq.memory import KEPT, keep_freed_memory
 from ajpq.policy import CompressionPolicy
 from ajpq.scoring.engine import Engine
 from ajpq.scoring.fusion import Unfit
@@ -25,7 +26,8 @@ class Local:
     """policies -> accuracy on the search split, without training.
 
     workers: threads, each of which runs its share of the images on one core; None = as many as torch has
-    cache_bytes: of activations kept, so that a candidate that begins like an earlier one starts where they part
+    cache_bytes: of memory beside the network and the images, for activations: those that are being worked on, and
+        those that are kept, so that a candidate that begins like an earlier one starts where they part
     arithmetic: "int8" multiplies codes as integers, exactly; "float32", "float64"; "bfloat16" rounds the operands and
         results of convolutions; "auto" is int8 on a CPU that does it exactly, else float32
     risk: of giving up, after an eighth, a quarter or half of the images, a candidate that would have become the best;
@@ -42,9 +44,10 @@ class Local:
             raise AjpqError(f"`workers >= 1` must hold for evaluator=local, but {workers=}; null takes every core")
         if not 0 <= risk < 1:
             raise AjpqError(f"`0 <= risk < 1` must hold for evaluator=local, but {risk=}; 0 never gives up")
-        self.task, self.risk = task, risk
+        keep_freed_memory()
+        self.task, self.risk, self.cache_bytes = task, risk, cache_bytes
         self.workers = workers or (torch.get_num_threads() if device == "cpu" else 1)
-        self.engine = Engine(task, _arithmetic(arithmetic, device), cache_bytes)
+        self.engine = Engine(task, _arithmetic(arithmetic, device), _room(cache_bytes))
         self.batches = [(self.engine.ready(x), y.to(self.engine.arithmetic.device)) for x, y, *_ in task.search_data]
         if not self.batches:
             raise AjpqError("accuracy needs at least one image, but the search split holds none; check the data")
@@ -59,8 +62,8 @@ class Local:
     def __call__(
         self, policies: Sequence[CompressionPolicy], floor: float | None = None
     ) -> Iterator[tuple[int, Measured]]:
-        for i in sorted(range(len(policies)), key=lambda i: self._order(policies[i])):
-            yield i, self.measure(policies[i], floor)
+        for i, policy in enumerate(policies):
+            yield i, self.measure(policy, floor)
 
     def measure(self, policy: CompressionPolicy, floor: float | None = None) -> Measured:
         """floor: the accuracy that a candidate must beat, or may be given up where `risk` allows it."""
@@ -77,6 +80,7 @@ class Local:
             if seen < self.images and hopeless(hits, seen, round(floor * self.images), self.images, self.risk):
                 return Measured(hits / seen, seen, whole=False)
         self.engine.shelf.remember(step.key for step in program.steps)
+        self.engine.shelf.limit(_room(self.cache_bytes) - 2 * self.workers * self.engine.in_flight)
         return Measured(hits / self.images, self.images)
 
     def logits(self, policy: CompressionPolicy) -> Tensor:
@@ -106,13 +110,6 @@ class Local:
             torch.set_num_threads(threads)
         return list(self._pool.map(function, items))
 
-    def _order(self, policy: CompressionPolicy) -> tuple:
-        """Policies that begin alike are neighbours."""
-        return tuple(
-            (policy.act_bits[layer.name], policy.weight_bits[layer.name].tobytes())
-            for layer in self.task.network.layers
-        )
-
     def _check_rounding(self, device: str) -> None:
         exact = Local(self.task, workers=self.workers, cache_bytes=0, device=device)
         for bits in (8, 4):
@@ -139,6 +136,11 @@ def _arithmetic(name: str, device: str) -> Floats:
         return Int8()
     dtype = torch.float64 if name == "float64" else torch.float32
     return Floats(dtype, torch.bfloat16 if name == "bfloat16" else None, device)
+
+
+def _room(cache_bytes: int) -> int:
+    """Bytes for kept activations: a sixteenth goes to holes between them, and the allocator keeps some freed ones."""
+    return max(cache_bytes * 15 // 16 - 2 * KEPT, 0)
 
 
 def _shuffled(batches: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import heapq
 import threading
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 from torch import Tensor
 
+from ajpq.memory import give_back
+
 REMEMBERED = 100_000  # names
-HALF_LIFE = 8  # candidates; our choice: a hill climber's new best soon takes the place of the old one
-
-
-@functools.cache
-def _malloc_trim() -> Callable[[int], int]:
-    try:
-        return ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError, TypeError):  # not glibc
-        return lambda pad: 0
+HALF_LIFE = 32  # candidates
+FIRST = 0.1  # what the first candidate with a value counts, against 1 for each that has it again
 
 
 @dataclass(eq=False)
@@ -42,8 +35,8 @@ def size_of(value: Any) -> int:
 class Shelf:
     """Values by key, each with the name that it shares with its likes from other images. While there is room every value
     is kept; then only in the place of values of less than half its use: how often candidates had a value of that name
-    (counts fade by half in `HALF_LIFE` candidates) x worth / bytes. So a candidate that others are made from stays, and
-    a stream of unrelated ones moves little. Safe for threads."""
+    again (counts fade by half in `HALF_LIFE` candidates) x worth / bytes. So a candidate that others are made from
+    stays, and a stream of unrelated ones moves little (our choice). Safe for threads."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity, self.held = capacity, 0
@@ -82,7 +75,8 @@ class Shelf:
         """A candidate that had values of these names is done."""
         with self._lock:
             for name in names:
-                self._counts[name] = self._counts.pop(name, 0.0) + self._unit
+                known = self._counts.pop(name, None)
+                self._counts[name] = FIRST * self._unit if known is None else known + self._unit
             self._unit *= 2 ** (1 / HALF_LIFE)
             for name in list(self._counts)[: max(0, len(self._counts) - REMEMBERED)]:
                 del self._counts[name]
@@ -96,7 +90,7 @@ class Shelf:
         """Give freed memory back to the system now and then: values of many sizes that come and go leave holes."""
         if self._moved > max(self.capacity / 8, 2**25):
             self._moved = 0
-            _malloc_trim()(0)
+            give_back()
 
     def limit(self, capacity: int) -> None:
         """Hold at most so many bytes from now on."""
@@ -111,7 +105,7 @@ class Shelf:
             self.held = 0
 
     def _use(self, entry: _Entry) -> float:
-        return entry.density * max(self._counts.get(entry.name, 0.0), self._unit)
+        return entry.density * self._counts.get(entry.name, FIRST * self._unit)
 
     def _rank(self, key: Hashable, entry: _Entry) -> None:
         entry.ticket = next(self._tickets)
