@@ -20,9 +20,8 @@ def keep_freed_memory() -> bool:
     if libc is None:
         return False
     largest = 2**25  # the largest threshold that glibc takes
-    return all(
-        (libc.mallopt(_MMAP_THRESHOLD, largest), libc.mallopt(_TOP_PAD, KEPT), libc.mallopt(_TRIM_THRESHOLD, KEPT))
-    )
+    settings = {_MMAP_THRESHOLD: largest, _TOP_PAD: KEPT, _TRIM_THRESHOLD: KEPT}
+    return all([libc.mallopt(name, value) for name, value in settings.items()])
 
 
 def give_back() -> None:

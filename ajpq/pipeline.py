@@ -92,6 +92,8 @@ def run(cfg: DictConfig, folder: Path) -> None:
         if problem.best is not None:
             write_text(folder / "policy.json", problem.best.policy.to_json())
         raise
+    finally:
+        problem.close()
     student = compress(network, result.policy, problem.calibration)
     settings = recipes["finetune"]
     teacher = model if settings.pop("distillation") else None

@@ -170,6 +170,12 @@ class Problem:
         if self.on_evaluation is not None:
             self.on_evaluation(self.history[-1])
 
+    def close(self) -> None:
+        """Let the evaluator go: activations that it keeps, threads, actors. Known scores stay known."""
+        close = getattr(self.evaluator, "close", None)
+        if close is not None:
+            close()
+
     def result(self) -> SearchResult:
         """The best policy within budget so far. Raises AjpqError if there is none."""
         best = self.best

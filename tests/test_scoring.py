@@ -175,7 +175,8 @@ def test_scores_do_not_depend_on_what_was_kept_or_on_workers(name):
     policies = mutations(network, 8)
     alone = [Local(task, workers=1, cache_bytes=0).logits(policy) for policy in policies]
     for capacity, workers in ((2**30, 1), (2**19, 3), (2**15, 2)):
-        evaluator = Local(task, workers=workers, cache_bytes=capacity)
+        evaluator = Local(task, workers=workers)
+        evaluator.engine.shelf.limit(capacity)
         for _ in range(2):
             for policy, right in zip(policies, alone, strict=True):
                 assert torch.equal(evaluator.logits(policy), right)

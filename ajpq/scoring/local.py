@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ajpq.errors import AjpqError
-from ajpq.memory import KEPT, keep_freed_memory
+from ajpq.memory import KEPT, give_back, keep_freed_memory
 from ajpq.policy import CompressionPolicy
 from ajpq.scoring.engine import Engine
 from ajpq.scoring.fusion import Unfit
@@ -82,6 +82,14 @@ class Local:
         self.engine.shelf.remember(step.key for step in program.steps)
         self.engine.shelf.limit(_room(self.cache_bytes) - 2 * self.workers * self.engine.in_flight)
         return Measured(hits / self.images, self.images)
+
+    def close(self) -> None:
+        """Let kept activations and threads go; they come back when they are needed."""
+        self.engine.forget()
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+        give_back()
 
     def logits(self, policy: CompressionPolicy) -> Tensor:
         """Outputs for the whole search split, (images, classes). Raises Unfit where only the reference can."""

@@ -33,9 +33,9 @@ def size_of(value: Any) -> int:
 
 
 class Shelf:
-    """Values by key, each with the name that it shares with its likes from other images. While there is room every value
-    is kept; then only in the place of values of less than half its use: how often candidates had a value of that name
-    again (counts fade by half in `HALF_LIFE` candidates) x worth / bytes. So a candidate that others are made from
+    """Values by key, each with the name that it shares with its likes from other images. While there is room every
+    value is kept; then only in the place of values of less than half its use: how often candidates had a value of that
+    name again (counts fade by half in `HALF_LIFE` candidates) x worth / bytes. So a candidate that others are made from
     stays, and a stream of unrelated ones moves little (our choice). Safe for threads."""
 
     def __init__(self, capacity: int) -> None:
@@ -88,7 +88,7 @@ class Shelf:
 
     def settle(self) -> None:
         """Give freed memory back to the system now and then: values of many sizes that come and go leave holes."""
-        if self._moved > max(self.capacity / 8, 2**25):
+        if self._moved > max(self.capacity / 16, 2**25):
             self._moved = 0
             give_back()
 

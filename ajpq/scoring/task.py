@@ -40,8 +40,11 @@ class Evaluator(Protocol):
     def __call__(
         self, policies: Sequence[CompressionPolicy], floor: float | None = None
     ) -> Iterator[tuple[int, Measured]]:
-        """Measure valid policies, which come sorted so that neighbours begin alike; yields (place in `policies`, result)
-        as each becomes known, in an order that depends on the policies alone. floor: the accuracy to beat; a policy that cannot may be given up early (whole=False)."""
+        """Measure valid policies, which come sorted so that neighbours begin alike.
+
+        Yields (place in `policies`, result) as each becomes known, in an order that depends on the policies alone.
+        floor: the accuracy to beat; a policy that cannot may be given up early (whole=False).
+        """
 
 
 EvaluatorFactory = Callable[[Task], Evaluator]
