@@ -445,7 +445,7 @@ def test_layers_that_would_come_back_different_are_refused(name: str, tmp_path: 
 def test_networks_that_are_not_finished_are_refused(tmp_path: Path) -> None:
     network = fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 1)))
     weight, act = torch.rand(4, 3, 1, 1), ActQuant(8, True, torch.ones(()), learned=True)
-    network.set_submodule("0", QuantLayer(weight, None, torch.full((4,), 4), Geometry(True), act))
+    network.set_submodule("0", QuantLayer(weight, None, torch.full((4,), 4), torch.ones(4), Geometry(True), act))
     with pytest.raises(AjpqError, match="0 still learns; freeze"):
         ship(network, tmp_path / "new")
     with pytest.raises(AjpqError, match="Sequential"):
