@@ -49,6 +49,9 @@ def run(cfg: DictConfig, folder: Path) -> None:
     recipes = {name: instantiate(cfg[name], _convert_="all") for name in ("train", "finetune")}
     for recipe in recipes.values():
         check_settings(**recipe)
+    check = getattr(getattr(parts["evaluator"], "func", None), "check", None)
+    if check is not None:
+        check(**parts["evaluator"].keywords)
     limits = _limits(cfg.budget)
     if cfg.checkpoint is not None:
         load_weights(parts["model"], cfg.checkpoint)

@@ -142,6 +142,8 @@ def test_a_policy_of_one_run_is_fine_tuned_by_another(job, tmp_path):
         (["search=policy", "search.path=nowhere.json"], ["nowhere.json"]),
         (["choices.weight_bits=[0,9]"], ["weight_bits", "9"]),
         (["search.algorithm=PPO"], ["algorithm", "PPO"]),
+        (["evaluator.workers=0"], ["workers >= 1", "workers=0"]),
+        (["evaluator.arithmetic=int4"], ["arithmetic", "'int4'", "auto"]),
         (["train.epochs=-1"], ["epochs"]),
         (["finetune.lr=0"], ["lr"]),
         (["model=torchvision", "model.name=resnet18", "data=digits"], ["example input"]),

@@ -42,9 +42,7 @@ class Ray:
         self, task: Task, *, workers: int | None = None, address: str | None = None, threads: int = 1, gpus: float = 0,
         evaluator: Callable[..., Evaluator] | None = None, **options: Any,
     ) -> None:  # fmt: skip
-        for name, value in (("workers", workers), ("threads", threads)):
-            if value is not None and value < 1:
-                raise AjpqError(f"`{name} >= 1` must hold for evaluator=ray, but {name}={value}; give at least 1")
+        self.check(workers=workers, threads=threads, evaluator=evaluator, **options)
         make = partial(_local, workers=threads, **options) if evaluator is None else partial(evaluator, **options)
         self._ray, parts = ray_package(), _pickled(make, task)
         ours = connect(address, workers and workers * threads)
@@ -56,6 +54,24 @@ class Ray:
         self._actor = self._ray.remote(_actor_class()).options(num_cpus=threads, num_gpus=gpus)
         for slot in range(workers or self._room(threads, gpus)):
             self._replace(slot)
+
+    @staticmethod
+    def check(
+        *,
+        workers: int | None = None,
+        threads: int = 1,
+        evaluator: Callable[..., Evaluator] | None = None,
+        **options: Any,
+    ) -> None:
+        """Raise AjpqError for settings that can only fail; for callers that want to know before they spend time."""
+        for name, value in (("workers", workers), ("threads", threads)):
+            if value is not None and value < 1:
+                raise AjpqError(f"`{name} >= 1` must hold for evaluator=ray, but {name}={value}; give at least 1")
+        ray_package()
+        if evaluator is None and options.get("device", "cpu") == "cpu":  # a GPU need only be where the actors are
+            from ajpq.scoring.local import Local
+
+            Local.check(**options)
 
     def __call__(
         self, policies: Sequence[CompressionPolicy], floor: float | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,10 +41,7 @@ class Local:
         self, task: Task, *, workers: int | None = None, cache_bytes: int = 2**30, arithmetic: str = "auto",
         risk: float = 0.0, device: str = "cpu",
     ) -> None:  # fmt: skip
-        if workers is not None and workers < 1:
-            raise AjpqError(f"`workers >= 1` must hold for evaluator=local, but {workers=}; null takes every core")
-        if not 0 <= risk < 1:
-            raise AjpqError(f"`0 <= risk < 1` must hold for evaluator=local, but {risk=}; 0 never gives up")
+        self.check(workers=workers, arithmetic=arithmetic, risk=risk, device=device)
         keep_freed_memory()
         self.task, self.risk, self.cache_bytes = task, risk, cache_bytes
         self.workers = workers or (torch.get_num_threads() if device == "cpu" else 1)
@@ -58,6 +56,17 @@ class Local:
         self._reference: Reference | None = None
         if arithmetic == "bfloat16":
             self._check_rounding(device)
+
+    @staticmethod
+    def check(
+        *, workers: int | None = None, arithmetic: str = "auto", risk: float = 0.0, device: str = "cpu", **others: Any
+    ) -> None:
+        """Raise AjpqError for settings that can only fail; for callers that want to know before they spend time."""
+        if workers is not None and workers < 1:
+            raise AjpqError(f"`workers >= 1` must hold for evaluator=local, but {workers=}; null takes every core")
+        if not 0 <= risk < 1:
+            raise AjpqError(f"`0 <= risk < 1` must hold for evaluator=local, but {risk=}; 0 never gives up")
+        _arithmetic(arithmetic, device)
 
     def __call__(
         self, policies: Sequence[CompressionPolicy], floor: float | None = None
