@@ -92,11 +92,8 @@ class Hierarchical:
         rng = np.random.default_rng(self.seed)
         rewards: list[float] = []
         waiting: list[tuple[float, dict]] = []  # episodes of the warm-up, until their mean and deviation are known
-        mean, deviation, limit = (
-            0.0,
-            1.0,
-            self.evaluations * 3,
-        )  # an episode that ends in a known policy is no evaluation
+        mean, deviation = 0.0, 1.0
+        limit = self.evaluations * 3  # of episodes: one that ends in a known policy is not an evaluation
         while problem.evaluations < self.evaluations and len(rewards) < limit:
             first, left = len(rewards) + 1, self.evaluations - problem.evaluations
             learned = first > self.warmup

@@ -26,6 +26,7 @@ import torch
 from ajpq.calibration import calibrate
 from ajpq.checkpoint import load_weights
 from ajpq.compression import compress
+from ajpq.cost import MACs, total
 from ajpq.data import cifar10, take
 from ajpq.memory import keep_freed_memory
 from ajpq.models import cifar_resnet
@@ -138,15 +139,7 @@ def _in_bfloat16(model, images) -> float:
 def _at_half_the_macs(network) -> CompressionPolicy:
     space = SearchSpace(network, Choices())
     policies = [space.homogeneous(4, float(s), 8) for s in np.linspace(0, 0.7, 71)]
-    return min(policies, key=lambda p: abs(_macs(network, p) / network.macs - 0.5))
-
-
-def _macs(network, policy) -> float:
-    alive = policy.alive(network)
-    return sum(
-        layer.positions * alive[layer.writes].sum() * alive[layer.reads].sum() / layer.groups * np.prod(layer.kernel)
-        for layer in network.layers
-    )
+    return min(policies, key=lambda p: abs(total(MACs(), network, p) / network.macs - 0.5))
 
 
 # -- reuse, memory, scaling -------------------------------------------------------------------------------------------
