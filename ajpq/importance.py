@@ -1,4 +1,5 @@
-"""How much a kernel matters. A criterion is one callable `network -> {layer name: float64 (c_out,)}`, higher = keep;
+"""How much a kernel matters. A criterion is one callable, higher = keep:
+(network, batches of training images) -> {layer name: float64 (c_out,)};
 the layer controller (what to prune) and the channel controller (which kernels share a width) follow the same one."""
 
 from __future__ import annotations
@@ -7,9 +8,10 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from ajpq.data import Batches
 from ajpq.network import Network
 
-Importance = Callable[[Network], Mapping[str, np.ndarray]]
+Importance = Callable[[Network, Batches], Mapping[str, np.ndarray]]
 
 
 def _gains(network: Network) -> dict[str, np.ndarray]:
@@ -24,7 +26,7 @@ def _gains(network: Network) -> dict[str, np.ndarray]:
     return found
 
 
-def magnitude(network: Network) -> dict[str, np.ndarray]:
+def magnitude(network: Network, batches: Batches = ()) -> dict[str, np.ndarray]:
     """Sum of |W| of a kernel (AMC, He et al. 2018), taken after folding the batch-norm, as the kernel will be
     shipped.
     """
@@ -36,7 +38,7 @@ def magnitude(network: Network) -> dict[str, np.ndarray]:
     return scores
 
 
-def bn_scale(network: Network) -> dict[str, np.ndarray]:
+def bn_scale(network: Network, batches: Batches = ()) -> dict[str, np.ndarray]:
     """|gamma| of the batch-norm behind a kernel (network slimming, Liu et al. 2017); layers without one fall back to
     `magnitude`.
     """

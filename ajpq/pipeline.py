@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from torch import nn
 
 from ajpq import report as reporting
-from ajpq.checkpoint import load_weights, save_weights
 from ajpq.compression import compress, freeze
-from ajpq.console import Advance, Screen
-from ajpq.data import Data, take
-from ajpq.errors import AjpqError
+from ajpq.console import Screen
+from ajpq.data import take
 from ajpq.files import write_text
 from ajpq.finetuning import finetune
-from ajpq.memory import keep_freed_memory
-from ajpq.problem import Evaluation, Problem, reachable
+from ajpq.preparing import epochs, prepare
+from ajpq.problem import Evaluation
 from ajpq.shipping import load, ship
-from ajpq.space import SearchSpace
-from ajpq.tracing import trace
-from ajpq.training import accuracy, check_settings, fit, recalibrate
+from ajpq.training import accuracy, recalibrate
 
 
 def run(cfg: DictConfig, folder: Path) -> None:
@@ -37,49 +30,10 @@ def run(cfg: DictConfig, folder: Path) -> None:
     policy so far, during fine-tuning the network as it is) and passes on.
     """
     screen = Screen()
-    keep_freed_memory()
-    torch.manual_seed(cfg.seed)
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    parts = {
-        name: instantiate(cfg[name], _convert_="all")
-        for name in ("data", "model", "choices", "costs", "importance", "reward", "evaluator", "search")
-    }
-    data: Data = parts["data"]
-    recipes = {name: instantiate(cfg[name], _convert_="all") for name in ("train", "finetune")}
-    for recipe in recipes.values():
-        check_settings(**recipe)
-    check = getattr(getattr(parts["evaluator"], "func", None), "check", None)
-    if check is not None:
-        check(**parts["evaluator"].keywords)
-    limits = _limits(cfg.budget)
-    if cfg.checkpoint is not None:
-        load_weights(parts["model"], cfg.checkpoint)
-    model, images = parts["model"].eval(), next(iter(data.calibration))[0]
-    with screen.stage("trace"):
-        network = trace(model, images)
-    space = SearchSpace(network, parts["choices"], parts["importance"])
-    reachable(space, limits, parts["costs"])  # a budget that cannot be met is told before anything is spent
-    if cfg.checkpoint is None:
-        _train(model, recipes["train"], cfg.seed, data, screen, folder)
-        network = trace(model, images)
-    screen.say(str(network))
-
-    record = folder / "evaluations.jsonl"
-    backend, limit = parts["search"], getattr(parts["search"], "evaluations", None)
-    with screen.stage("prepare"):
-        problem = Problem(
-            network,
-            data.calibration,
-            take(data.search, cfg.search_images),
-            limits,
-            choices=parts["choices"],
-            costs=parts["costs"],
-            importance=parts["importance"],
-            reward=parts["reward"],
-            norm_images=cfg.norm_images,
-            evaluator=parts["evaluator"],
-        )
+    backend = instantiate(cfg.search, _convert_="all")  # its errors come before anything is spent
+    job = prepare(cfg, folder, screen)
+    data, model, network, problem = job.data, job.model, job.network, job.problem
+    record, limit = folder / "evaluations.jsonl", getattr(backend, "evaluations", None)
     try:
         with screen.stage("search", limit or 0) as advance, record.open("a") as lines:
 
@@ -98,12 +52,12 @@ def run(cfg: DictConfig, folder: Path) -> None:
     finally:
         problem.close()
     student = compress(network, result.policy, problem.calibration)
-    settings = recipes["finetune"]
+    settings = dict(job.finetune)
     teacher = model if settings.pop("distillation") else None
     try:
         write_text(folder / "policy.json", result.policy.to_json())
         with screen.stage("fine-tune", settings["epochs"]) as advance:
-            final = finetune(student, data.train, teacher=teacher, seed=cfg.seed, **settings, on_epoch=_epochs(advance))
+            final = finetune(student, data.train, teacher=teacher, seed=cfg.seed, **settings, on_epoch=epochs(advance))
     except KeyboardInterrupt:
         recalibrate(student, data.calibration)
         ship(freeze(student), folder)
@@ -144,28 +98,6 @@ def run(cfg: DictConfig, folder: Path) -> None:
     screen.say(f"written to {folder}")
 
 
-def _train(model: nn.Module, recipe: Mapping[str, Any], seed: int, data: Data, screen: Screen, folder: Path) -> None:
-    with screen.stage("train", recipe["epochs"]) as advance:
-        fit(model, data.train, seed=seed, **recipe, on_epoch=_epochs(advance))
-    save_weights(model.eval(), folder / "original.safetensors")
-
-
-def _epochs(advance: Advance) -> Callable[[int, dict], None]:
-    return lambda epoch, row: advance(epoch, f"loss {row['loss']:.4f} train accuracy {row['train_accuracy']:.4f}")
-
-
-def _limits(budget: Mapping[str, Any]) -> dict[str, float]:
-    """The costs that have a limit. Raises AjpqError where one is not a number."""
-    limits = {str(name): value for name, value in budget.items() if value is not None}
-    for name, value in limits.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise AjpqError(
-                f"a budget must be a fraction in (0, 1] or null, but budget.{name} is {value!r}; write "
-                f"budget.{name}=0.1"
-            )
-    return limits
-
-
 def _row(evaluation: Evaluation) -> dict[str, Any]:
     score = evaluation.score
     return {
@@ -173,6 +105,8 @@ def _row(evaluation: Evaluation) -> dict[str, Any]:
         "policy": evaluation.policy.digest(),
         "reward": score.reward,
         "accuracy": score.accuracy,
+        "cross_entropy": score.cross_entropy,
+        "divergence": score.divergence,
         "ratios": dict(score.ratios),
         "within": score.within,
         "images": score.images,

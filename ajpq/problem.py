@@ -4,6 +4,7 @@ tried.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,8 +31,9 @@ CALIBRATION_IMAGES = 1000
 
 @dataclass(frozen=True)
 class Score:
-    """What one evaluation found. accuracy and ratios are fractions; costs are in each model's unit. whole: accuracy is
-    that of the whole search split; otherwise the evaluator gave up after `images` of them."""
+    """What one evaluation found. accuracy and ratios are fractions; costs are in each model's unit; cross_entropy and
+    divergence (see `scoring.task.Measured`) are in nats. whole: measured on the whole search split; otherwise the
+    evaluator gave up after `images` of them."""
 
     reward: float
     accuracy: float
@@ -40,6 +42,8 @@ class Score:
     within: bool  # every budget holds
     images: int = 0
     whole: bool = True
+    cross_entropy: float | None = None
+    divergence: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,12 +70,32 @@ class SearchBackend(Protocol):
     def search(self, problem: Problem) -> SearchResult: ...
 
 
-Reward = Callable[[float, Mapping[str, float]], float]  # (accuracy, cost ratios) -> what the search maximises
+Reward = Callable[[Measured, Mapping[str, float]], float]  # (what was measured, cost ratios) -> what is maximised
 
 
-def accuracy_reward(accuracy: float, ratios: Mapping[str, float]) -> float:
+def accuracy_reward(measured: Measured, ratios: Mapping[str, float]) -> float:
     """The accuracy: budgets are hard, so nothing needs to be traded for them."""
-    return accuracy
+    return measured.accuracy
+
+
+def cross_entropy_reward(measured: Measured, ratios: Mapping[str, float]) -> float:
+    """Minus the cross-entropy, in nats."""
+    return -_known(measured.cross_entropy, "cross_entropy")
+
+
+def divergence_reward(measured: Measured, ratios: Mapping[str, float]) -> float:
+    """Minus the divergence from the uncompressed network, in nats: needs no labels, and tells bad policies from worse
+    where both guess."""
+    return -_known(measured.divergence, "divergence")
+
+
+def _known(value: float | None, name: str) -> float:
+    if value is None:
+        raise AjpqError(
+            f"this reward needs the {name}, but the evaluator measures accuracy only; use reward=accuracy or "
+            "another evaluator"
+        )
+    return value
 
 
 def default_costs() -> dict[str, CostModel]:
@@ -116,7 +140,7 @@ class Problem:
         choices = choices or Choices()
         calibration = take(calibration, CALIBRATION_IMAGES)
         self.network = model if isinstance(model, Network) else trace(model, first_images(calibration))
-        self.space = SearchSpace(self.network, choices, importance)
+        self.space = SearchSpace(self.network, choices, importance(self.network, calibration))
         self.budget = reachable(self.space, budget, costs)
         self.calibration = calibrate(self.network, calibration)
         self.choices, self.reward, self.on_evaluation = choices, reward, on_evaluation
@@ -163,12 +187,20 @@ class Problem:
         costs = self.budget.values(policy)
         ratios = {name: value / self.budget.original[name] for name, value in costs.items()}
         within = all(ratios[name] <= limit * (1 + 1e-9) for name, limit in self.budget.limits.items())
-        reward = self.reward(measured.accuracy, ratios)
-        self._memo[key] = Score(reward, measured.accuracy, costs, ratios, within, measured.images, measured.whole)
+        self._memo[key] = Score(
+            self.reward(measured, ratios), measured.accuracy, costs, ratios, within, measured.images, measured.whole,
+            measured.cross_entropy, measured.divergence,
+        )  # fmt: skip
         seconds = time.perf_counter() - self._start
         self.history.append(Evaluation(len(self.history) + 1, policy, self._memo[key], seconds))
         if self.on_evaluation is not None:
             self.on_evaluation(self.history[-1])
+
+    def again(self) -> Problem:
+        """The same problem with an empty record, for another search; all else is shared."""
+        twin = copy.copy(self)
+        twin.history, twin._memo, twin._start = [], {}, time.perf_counter()
+        return twin
 
     def close(self) -> None:
         """Let the evaluator go: activations that it keeps, threads, actors. Known scores stay known."""

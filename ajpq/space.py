@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from ajpq.errors import AjpqError
-from ajpq.importance import Importance, magnitude, of_channels
+from ajpq.importance import magnitude, of_channels
 from ajpq.network import LayerSpec, Network
 from ajpq.policy import CompressionPolicy
 from ajpq.quantize import WIDTHS
@@ -56,9 +56,12 @@ class Choices:
 class SearchSpace:
     """Facts that every backend shares: allowed widths, the orders by importance, and the two extreme policies."""
 
-    def __init__(self, network: Network, choices: Choices | None = None, importance: Importance = magnitude) -> None:
+    def __init__(
+        self, network: Network, choices: Choices | None = None, scores: Mapping[str, np.ndarray] | None = None
+    ) -> None:
+        """scores: importance of every kernel, layer name -> (c_out,); None = `importance.magnitude`."""
         self.network, self.choices = network, choices or Choices()
-        self.scores: Mapping[str, np.ndarray] = importance(network)
+        self.scores = magnitude(network) if scores is None else scores
         self.channel_scores = of_channels(network, self.scores)
         self._ends = {network.layers[0].name, network.layers[-1].name} if self.choices.first_last is not None else set()
 

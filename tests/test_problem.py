@@ -132,12 +132,12 @@ def test_a_cost_model_of_the_users_own_binds_and_is_reported():
 def test_a_reward_and_an_importance_of_the_users_own():
     network = network_of("digits_cnn")
 
-    def backwards(network):
+    def backwards(network, batches):
         return {layer.name: -np.arange(layer.c_out, dtype=float) + layer.c_out for layer in network.layers}
 
     problem = problem_of(
         budget={"size": 0.3},
-        reward=lambda accuracy, ratios: accuracy - ratios["size"],
+        reward=lambda measured, ratios: measured.accuracy - ratios["size"],
         evaluator=Counter(0.9),
         importance=backwards,
     )

@@ -49,7 +49,12 @@ def test_the_evaluator_gives_up_on_a_sample_or_sees_every_image():
     task, policy = Task(network, calibrate(network, data), [], search), random_policy(network, 0, 0.2, (8,), (8,))
     evaluator, whole = Local(task, risk=0.01), Local(task).measure(policy)
     assert whole.whole and whole.images == 1000 and 0 < whole.accuracy < 0.3
-    assert evaluator.measure(policy) == evaluator.measure(policy, whole.accuracy - 0.05) == whole
+    seen = evaluator.measure(policy)
+    assert seen == evaluator.measure(policy, whole.accuracy - 0.05) and (seen.accuracy, seen.images) == (
+        whole.accuracy,
+        1000,
+    )
+    assert seen.whole and seen.divergence == pytest.approx(whole.divergence, abs=1e-6)
     early = evaluator.measure(policy, floor=0.9)
     assert not early.whole and early.images == 125 and abs(early.accuracy - whole.accuracy) < 0.15
     assert Local(task).measure(policy, floor=0.9) == whole
@@ -73,7 +78,12 @@ def test_a_policy_that_was_given_up_is_never_the_result():
     assert floors == [None, 0.5, 0.5] and [s.whole for s in scores] == [True, False, True]
     assert problem.result().policy is policies[2] and scores[1].images == 10
     other = Problem(
-        network, batches_of(network), [], {"size": 0.5}, reward=lambda a, r: -a, evaluator=lambda task: evaluator
+        network,
+        batches_of(network),
+        [],
+        {"size": 0.5},
+        reward=lambda m, r: -m.accuracy,
+        evaluator=lambda task: evaluator,
     )
     told = iter([Measured(0.5, 100)] * 2)
     other.score(policies[0]), other.score(policies[1])

@@ -231,7 +231,7 @@ def test_a_network_that_writes_into_what_it_reads_again_is_measured_by_the_refer
     evaluator = Local(task, workers=1)
     with pytest.raises(Unfit):
         evaluator.engine.program(policy)
-    assert evaluator.measure(policy).accuracy == Reference(task).measure(policy)
+    assert evaluator.measure(policy).accuracy == Reference(task).measure(policy).accuracy
     assert evaluator.measure(policy).images == 32
 
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ajpq.errors import AjpqError
 from ajpq.memory import KEPT, give_back, keep_freed_memory
@@ -15,8 +15,10 @@ from ajpq.policy import CompressionPolicy
 from ajpq.scoring.engine import Engine
 from ajpq.scoring.fusion import Unfit
 from ajpq.scoring.kernels import Floats, Int8, integers_are_exact
+from ajpq.scoring.program import Program
 from ajpq.scoring.racing import LOOKS, hopeless
 from ajpq.scoring.reference import Reference
+from ajpq.scoring.tally import Tally, log_probabilities, summed, tally
 from ajpq.scoring.task import Measured, Task
 
 ARITHMETICS = ("auto", "int8", "float32", "float64", "bfloat16")
@@ -24,7 +26,7 @@ TOLERANCE = 0.005  # of accuracy, for bfloat16
 
 
 class Local:
-    """policies -> accuracy on the search split, without training.
+    """policies -> accuracy, cross-entropy and divergence on the search split, without training.
 
     workers: threads, each of which runs its share of the images on one core; None = as many as torch has
     cache_bytes: of memory beside the network and the images, for activations: those that are being worked on, and
@@ -52,6 +54,7 @@ class Local:
         if risk:
             self.batches = _shuffled(self.batches)
         self.images = sum(len(y) for _, y in self.batches)
+        self.original = self._log_probabilities_of(task.network.module)
         self._pool: ThreadPoolExecutor | None = None
         self._reference: Reference | None = None
         if arithmetic == "bfloat16":
@@ -80,17 +83,17 @@ class Local:
             program = self.engine.program(policy)
         except Unfit:
             self._reference = self._reference or Reference(self.task)
-            return Measured(self._reference.measure(policy), self.images)
+            return self._reference.measure(policy)
         self.engine.estimate_norms(program, self._each)
-        hits = seen = 0
+        tallies = []
         for part in self._parts(floor):
-            hits += sum(self._each(lambda b: self._hits(program, b), part))
-            seen += sum(len(self.batches[b][1]) for b in part)
+            tallies += self._each(lambda b: self._tally(program, b), part)
+            seen, hits = (sum(t[i] for t in tallies) for i in (0, 1))
             if seen < self.images and hopeless(hits, seen, round(floor * self.images), self.images, self.risk):
-                return Measured(hits / seen, seen, whole=False)
+                return summed(tallies, whole=False)
         self.engine.shelf.remember(step.key for step in program.steps)
         self.engine.shelf.limit(_room(self.cache_bytes) - 2 * self.workers * self.engine.in_flight)
-        return Measured(hits / self.images, self.images)
+        return summed(tallies)
 
     def close(self) -> None:
         """Let kept activations and threads go; they come back when they are needed."""
@@ -106,9 +109,14 @@ class Local:
         self.engine.estimate_norms(program, self._each)
         return torch.cat([self.engine.logits(program, x, b) for b, (x, _) in enumerate(self.batches)])
 
-    def _hits(self, program, batch: int) -> int:
+    def _tally(self, program: Program, batch: int) -> Tally:
         x, y = self.batches[batch]
-        return int((self.engine.logits(program, x, batch).argmax(1) == y).sum())
+        return tally(self.engine.logits(program, x, batch), y, self.original[batch])
+
+    def _log_probabilities_of(self, module: nn.Module) -> list[Tensor]:
+        """Of the uncompressed network, per batch; in float32, so that every arithmetic compares to the same."""
+        with torch.inference_mode():
+            return [log_probabilities(module(x.to("cpu", torch.float32).contiguous())) for x, _ in self.batches]
 
     def _parts(self, floor: float | None) -> list[range]:
         """Numbers of batches, in the slices after which a candidate may be given up."""

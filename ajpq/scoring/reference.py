@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from ajpq.bank import WeightBank
 from ajpq.compression import compress
 from ajpq.policy import CompressionPolicy
+from ajpq.scoring.tally import log_probabilities, summed, tally
 from ajpq.scoring.task import Measured, Task
-from ajpq.training import accuracy, recalibrate
+from ajpq.training import recalibrate
 
 
 class Reference:
@@ -18,18 +20,22 @@ class Reference:
 
     def __init__(self, task: Task) -> None:
         self.task, self.bank = task, WeightBank(task.network)
+        self._original: list[Tensor] | None = None  # log-probabilities of the uncompressed network, per batch
 
-    def measure(self, policy: CompressionPolicy) -> float:
-        """Accuracy on the search split."""
+    def measure(self, policy: CompressionPolicy) -> Measured:
         student = compress(self.task.network, policy, self.task.calibration, self.bank)
         with torch.no_grad():
             if self.task.norm_data:
                 recalibrate(student, self.task.norm_data)
-            return accuracy(student, self.task.search_data)
+            if self._original is None:
+                self._original = [log_probabilities(self.task.network.module(x)) for x, *_ in self.task.search_data]
+            return summed(
+                tally(student(x), y, known)
+                for (x, y, *_), known in zip(self.task.search_data, self._original, strict=True)
+            )
 
     def __call__(
         self, policies: Sequence[CompressionPolicy], floor: float | None = None
     ) -> Iterator[tuple[int, Measured]]:
-        images = sum(len(y) for _, y in self.task.search_data)
         for i, policy in enumerate(policies):
-            yield i, Measured(self.measure(policy), images)
+            yield i, self.measure(policy)

@@ -29,11 +29,18 @@ class Task:
 
 @dataclass(frozen=True)
 class Measured:
-    """accuracy: a fraction of `images`; whole: these are all images of the search split."""
+    """What an evaluator found out about a policy; `whole`: on all images of the search split, not on `images` of them.
+
+    accuracy: a fraction of the images. cross_entropy: mean over the images, in nats. divergence: of Kullback and
+        Leibler, from the class probabilities of the uncompressed network to those of the candidate, mean in nats; None
+        where an evaluator measures accuracy only.
+    """
 
     accuracy: float
     images: int
     whole: bool = True
+    cross_entropy: float | None = None
+    divergence: float | None = None
 
 
 class Evaluator(Protocol):

@@ -1,0 +1,108 @@
+"""config -> problem: everything of a job up to its search, shared by all commands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import nn
+
+from ajpq.checkpoint import load_weights, save_weights
+from ajpq.console import Advance, Screen
+from ajpq.data import Data, take
+from ajpq.errors import AjpqError
+from ajpq.memory import keep_freed_memory
+from ajpq.network import Network
+from ajpq.problem import Problem, reachable
+from ajpq.space import SearchSpace
+from ajpq.tracing import trace
+from ajpq.training import check_settings, fit
+
+PARTS = ("data", "model", "choices", "costs", "importance", "reward", "evaluator")
+TRAINED = "original.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What a search starts from. model: the trained CNN; finetune: keywords of `ajpq.finetuning.finetune`."""
+
+    data: Data
+    model: nn.Module
+    network: Network
+    problem: Problem
+    finetune: Mapping[str, Any]
+
+
+def prepare(cfg: DictConfig, folder: Path, screen: Screen) -> Prepared:
+    """Instantiate the parts of a job, load or train its model, and make the problem.
+
+    Whatever is wrong with the settings is told before anything is spent. A model that is trained here is written to
+    `folder`/original.safetensors, and read from there if it is there.
+    """
+    keep_freed_memory()
+    torch.manual_seed(cfg.seed)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    parts = {name: instantiate(cfg[name], _convert_="all") for name in PARTS}
+    recipes = {name: instantiate(cfg[name], _convert_="all") for name in ("train", "finetune")}
+    for recipe in recipes.values():
+        check_settings(**recipe)
+    check = getattr(getattr(parts["evaluator"], "func", None), "check", None)
+    if check is not None:
+        check(**parts["evaluator"].keywords)
+    limits, data = limits_of(cfg.budget), parts["data"]
+    if cfg.checkpoint is not None:
+        load_weights(parts["model"], cfg.checkpoint)
+    model, images = parts["model"].eval(), next(iter(data.calibration))[0]
+    with screen.stage("trace"):
+        network = trace(model, images)
+    reachable(SearchSpace(network, parts["choices"]), limits, parts["costs"])
+    if cfg.checkpoint is None:
+        if (folder / TRAINED).is_file():
+            load_weights(model, folder / TRAINED)
+        else:
+            _train(model, recipes["train"], cfg.seed, data, screen, folder)
+        network = trace(model, images)
+    screen.say(str(network))
+    with screen.stage("prepare"):
+        problem = Problem(
+            network,
+            data.calibration,
+            take(data.search, cfg.search_images),
+            limits,
+            choices=parts["choices"],
+            costs=parts["costs"],
+            importance=parts["importance"],
+            reward=parts["reward"],
+            norm_images=cfg.norm_images,
+            evaluator=parts["evaluator"],
+        )
+    return Prepared(data, model, network, problem, recipes["finetune"])
+
+
+def _train(model: nn.Module, recipe: Mapping[str, Any], seed: int, data: Data, screen: Screen, folder: Path) -> None:
+    with screen.stage("train", recipe["epochs"]) as advance:
+        fit(model, data.train, seed=seed, **recipe, on_epoch=epochs(advance))
+    save_weights(model.eval(), folder / TRAINED)
+
+
+def epochs(advance: Advance) -> Callable[[int, dict], None]:
+    """A training's `on_epoch` that moves a bar."""
+    return lambda epoch, row: advance(epoch, f"loss {row['loss']:.4f} train accuracy {row['train_accuracy']:.4f}")
+
+
+def limits_of(budget: Mapping[str, Any]) -> dict[str, float]:
+    """The costs that have a limit. Raises AjpqError where one is not a number."""
+    limits = {str(name): value for name, value in budget.items() if value is not None}
+    for name, value in limits.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise AjpqError(
+                f"a budget must be a fraction in (0, 1] or null, but budget.{name} is {value!r}; write "
+                f"budget.{name}=0.1"
+            )
+    return limits
