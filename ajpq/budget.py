@@ -6,10 +6,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ajpq.cost import CostModel, load_of, total
+from ajpq.cost import CostModel, inputs_per_kernel, load_of, side_words, total
 from ajpq.errors import AjpqError
 from ajpq.network import LayerSpec, Network
 from ajpq.policy import CompressionPolicy
+
+KNOWN = 200_000  # costs of a layer that are kept: searches ask for the same ones again and again
 
 
 class Budget:
@@ -28,6 +30,7 @@ class Budget:
             dict(costs),
             {name: float(value) for name, value in limits.items()},
         )
+        self._known: dict[tuple, np.ndarray] = {}
         if not self.limits:
             raise AjpqError(
                 f"a budget must limit at least one cost, but it is empty; set one of {', '.join(self.costs)}, "
@@ -84,8 +87,14 @@ class Budget:
 
     def layer_costs(self, layer: LayerSpec, weight_bits: np.ndarray, act_bits: int, alive: np.ndarray) -> np.ndarray:
         """float64 (n limits,): what one layer adds to every binding cost."""
-        load = [load_of(self.network, layer, weight_bits, act_bits, alive)]
-        return np.array([float(self.costs[name](load)[0]) for name in self.limits])
+        inputs, side = inputs_per_kernel(layer, alive), side_words(self.network, alive, layer)
+        key = layer.name, weight_bits.tobytes(), act_bits, inputs, side  # all that a `Load` holds
+        if key not in self._known:
+            if len(self._known) >= KNOWN:
+                self._known.clear()
+            load = [load_of(self.network, layer, weight_bits, act_bits, alive)]
+            self._known[key] = np.array([float(self.costs[name](load)[0]) for name in self.limits])
+        return self._known[key]
 
     def fits(self, totals: np.ndarray) -> bool:
         """totals (n limits,)."""

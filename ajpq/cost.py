@@ -116,21 +116,21 @@ def side_words(network: Network, alive: np.ndarray, layer: LayerSpec) -> int:
     """32-bit words stored beside a layer: norms that cannot be folded, and with the first layer all other
     parameters.
     """
-    norms = sum(
-        int(alive[norm.channels].sum())
-        for norm in network.norms
-        if norm.folds_into is None and norm.charged_to == layer.name
-    )
+    norms = sum(int(alive[channels].sum()) for channels in network.unfolded.get(layer.name, ()))
     return norms + (network.other_parameters if layer is network.layers[0] else 0)
+
+
+def inputs_per_kernel(layer: LayerSpec, alive: np.ndarray) -> int:
+    """Surviving input channels that one kernel meets."""
+    return 1 if layer.kind == "depthwise" else int(alive[layer.inputs_of_a_kernel].sum())
 
 
 def load_of(network: Network, layer: LayerSpec, weight_bits: np.ndarray, act_bits: int, alive: np.ndarray) -> Load:
     """The load of one layer; weight_bits (c_out,), alive (n_channels,)."""
     bits = torch.as_tensor(weight_bits, dtype=torch.float64)
-    inputs = 1 if layer.kind == "depthwise" else int(alive[layer.inputs_of_a_kernel].sum())
     return Load(
         layer,
-        torch.tensor(float(inputs), dtype=torch.float64),
+        torch.tensor(float(inputs_per_kernel(layer, alive)), dtype=torch.float64),
         (bits > 0).double(),
         bits,
         torch.tensor(float(act_bits), dtype=torch.float64),

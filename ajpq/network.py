@@ -121,6 +121,15 @@ class Network:
         vars(self).update(state, module=unpack(state["module"]))
 
     @cached_property
+    def unfolded(self) -> dict[str, list[np.ndarray]]:
+        """Layer name -> the channels of every batch-norm that its cost carries because it cannot be folded."""
+        found: dict[str, list[np.ndarray]] = {}
+        for norm in self.norms:
+            if norm.folds_into is None:
+                found.setdefault(norm.charged_to, []).append(norm.channels)
+        return found
+
+    @cached_property
     def index(self) -> dict[str, int]:
         """Layer name -> place in `layers`."""
         return {layer.name: i for i, layer in enumerate(self.layers)}
