@@ -1,24 +1,28 @@
 """What each controller sees of a draft and what its actions mean. A view is the whole interface between the two
-worlds: to change observations or the decoding of actions, write another class with these four members and pass it
-    on."""
+worlds: to change observations or the decoding of actions, write another class with these four members, or a subclass
+of one of the two here that has another `observe` or `apply`, and pass it on."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import numpy as np
 from gymnasium import spaces
 
 from ajpq.draft import Draft
+from ajpq.errors import AjpqError
 from ajpq.problem import Problem
 
 
 class View(Protocol):
-    """observation_space, action_space: Box spaces. observe(draft) -> observation; apply(draft, action) answers the
-    draft's present decision (a layer controller: all of the present layer's sparsity and activation decisions)."""
+    """observation_space, action_space: of Gymnasium; the agents here need Box actions. observe(draft) -> a new
+    observation in its space; apply(draft, action) answers the draft's present decision with `draft.take`, and a layer
+    controller's also the next one if it is of the same layer (its sparsity, then the width of its input). Every action
+    of the space, and actions a little outside, must be answered."""
 
-    observation_space: spaces.Box
-    action_space: spaces.Box
+    observation_space: spaces.Space
+    action_space: spaces.Space
 
     def observe(self, draft: Draft) -> np.ndarray: ...
 
@@ -30,6 +34,18 @@ def turn(draft: Draft) -> str | None:
     if draft.decision is None:
         return None
     return "channel" if draft.decision.kind == "width" else "layer"
+
+
+Views = Mapping[str, View] | Callable[[Problem], Mapping[str, View]]
+
+
+def views_of(problem: Problem, given: Views | None = None) -> dict[str, View]:
+    """{"layer": View, "channel": View}: those given, or what the callable makes of the problem, and the standard ones
+    for the rest. Raises AjpqError for other names."""
+    views = dict(given(problem) if callable(given) else given or {})
+    if wrong := set(views) - {"layer", "channel"}:
+        raise AjpqError(f"views must be for 'layer' or 'channel', but one is for {sorted(wrong)[0]!r}; rename it")
+    return {"layer": LayerView(problem), "channel": ChannelView(problem)} | views
 
 
 def _unit(action: float) -> float:
@@ -129,7 +145,8 @@ class ChannelView:
         scores = self._problem.space.scores[decision.layer.name]
         here = draft.weight_bits(decision.layer.name)
         kept = float((here > 0).mean())
-        importance = float(scores[decision.kernels].mean() / max(scores.max(), 1e-12))
+        most = float(np.max(scores))
+        importance = float(scores[decision.kernels].mean()) / most if most > 0 else 0.0
         return np.array(
             [
                 *features,
