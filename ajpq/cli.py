@@ -1,4 +1,5 @@
-"""The command `ajpq`: a Hydra application over the configuration in the folder `conf` beside this package.
+"""The commands `ajpq` and `ajpq-compare`: Hydra applications over the configuration in the folder `conf` beside this
+package.
 
 `main()` finds the three sibling folders, runs the job, and turns every error that the user can mend into one sentence
 on stderr with exit status 2. Ctrl-C ends with status 130. Any other error is a bug and keeps its traceback;
@@ -8,6 +9,7 @@ A job may run in a process that a launcher of Hydra starts, here or on another m
 """
 
 import argparse
+import importlib
 import importlib.util
 import os
 import sys
@@ -25,6 +27,7 @@ from omegaconf import DictConfig
 
 from ajpq.errors import AjpqError
 from ajpq.explain import CONF, explain, first_bad_override
+from ajpq.resume import continued, folder_of, is_finished
 
 HOME = CONF.parent
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -33,18 +36,38 @@ DEBUG = any(os.environ.get(name) == "1" for name in ("AJPQ_DEBUG", "HYDRA_FULL_E
 _folder: Path | None = None
 
 
-def main() -> int:
-    """Run the command on `sys.argv`; returns or exits with 0, 2 (bad input) or 130 (interrupted)."""
+def compare() -> int:
+    """The command `ajpq-compare`."""
+    return main("compare", "ajpq.comparing")
+
+
+def main(config: str = "config", module: str = "ajpq.pipeline") -> int:
+    """Run the command on `sys.argv`; returns or exits with 0, 2 (bad input) or 130 (interrupted).
+
+    config: the name of its configuration; module: has the job, `run(cfg, folder)`.
+    """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors over instead of printing them
     _wait_without_spinning()
-    command = _command_line()
+    command = _command_line(config)
     try:
         if os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())
         check_siblings()
+        if folder_of(command.overrides):
+            if command.multirun or config != "config":
+                raise AjpqError(
+                    "resume continues one run of `ajpq`, not a sweep or a comparison; leave it out: a comparison goes "
+                    "on with hydra.run.dir=FOLDER"
+                )
+            if is_finished(folder_of(command.overrides)):
+                sys.stdout.write(f"the run in {folder_of(command.overrides)} is finished; its report is there\n")
+                return 0
+            flags = [text for text in sys.argv[1:] if text not in command.overrides]
+            command.overrides = continued(command.overrides)
+            sys.argv[1:] = [*command.overrides, *flags]
         if command.multirun:
             check_sweep(command)
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(Task())()
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config)(Task(module))()
         return 0
     except KeyboardInterrupt:
         place = _folder or ("the folder of the sweep" if command.multirun else None)
@@ -81,22 +104,25 @@ def check_sweep(command: argparse.Namespace) -> None:
 class Task:
     """One job. Pickled by a launcher, it becomes a job in a process like that of the command: see `_arrive`."""
 
+    def __init__(self, module: str) -> None:
+        self.module = module
+
     def __call__(self, cfg: DictConfig) -> None:
-        _job(cfg)
+        _job(self.module, cfg)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _arrive, (os.getcwd(), tuple(sys.path), DEBUG)
+        return _arrive, (os.getcwd(), tuple(sys.path), DEBUG, self.module)
 
 
-def _arrive(folder: str, path: tuple[str, ...], debug: bool) -> Callable[[DictConfig], None]:
+def _arrive(folder: str, path: tuple[str, ...], debug: bool, module: str) -> Callable[[DictConfig], None]:
     """The job for a process of a launcher, which gets the current folder and the module search path of the command."""
     os.chdir(folder)
     sys.path[:] = dict.fromkeys((*path, *sys.path))
     _wait_without_spinning()
-    return partial(_captured_job, debug)
+    return partial(_captured_job, debug, module)
 
 
-def _captured_job(debug: bool, cfg: DictConfig) -> None:
+def _captured_job(debug: bool, module: str, cfg: DictConfig) -> None:
     """Run the job with its output in the file <name of the job>.out, and raise only what arrives whole when pickled.
 
     That is AjpqError with the sentence, or RuntimeError with the traceback as its text.
@@ -104,7 +130,7 @@ def _captured_job(debug: bool, cfg: DictConfig) -> None:
     context = HydraConfig.get()
     with (Path(context.runtime.output_dir) / f"{context.job.name}.out").open("a") as out, redirect_stdout(out):
         try:
-            _job(cfg)
+            _job(module, cfg)
         except AjpqError:
             if debug:
                 traceback.print_exc()
@@ -113,14 +139,12 @@ def _captured_job(debug: bool, cfg: DictConfig) -> None:
             raise RuntimeError(f"a job of the sweep failed with\n{traceback.format_exc()}") from None
 
 
-def _job(cfg: DictConfig) -> None:
+def _job(module: str, cfg: DictConfig) -> None:
     global _folder
     context = HydraConfig.get()
     folder = _folder = Path(context.runtime.output_dir)
     try:
-        from ajpq import pipeline
-
-        pipeline.run(cfg, folder)
+        importlib.import_module(module).run(cfg, folder)
     except Exception as error:
         sentence = explain(error)
         if sentence is None:
@@ -139,13 +163,13 @@ def _wait_without_spinning() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def _command_line() -> argparse.Namespace:
+def _command_line(config: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--multirun", "-m", action="store_true")
     parser.add_argument("--config-dir", "-cd")
     parser.add_argument("--config-path", "-cp")
-    parser.add_argument("--config-name", "-cn", default="config")
+    parser.add_argument("--config-name", "-cn", default=config)
     command = parser.parse_known_intermixed_args()[0]
     command.overrides = [text for text in command.overrides if "=" in text or text.startswith("~")]
     return command

@@ -15,6 +15,19 @@ Advance = Callable[[int, str], None]  # (steps done, note)
 _log = logging.getLogger("ajpq")
 
 
+class Pace:
+    """What the note of a search says: the best reward so far, and evaluations per second since this was made."""
+
+    def __init__(self) -> None:
+        self._start, self._done = time.perf_counter(), 0
+
+    def note(self, best: float | None) -> str:
+        """After one more evaluation."""
+        self._done += 1
+        rate = self._done / max(time.perf_counter() - self._start, 1e-9)
+        return f"best {'-' if best is None else f'{best:.4f}'} {rate:.3g}/s"
+
+
 class Screen:
     """Says what is going on and keeps the seconds of every stage."""
 

@@ -80,7 +80,7 @@ def _explain_target(error: InstantiationException) -> str:
     reason = cause.__cause__ or cause
     parent, _, name = target[1].rpartition(".") if target else ("", "", "")
     if parent in sys.modules and (isinstance(reason, AttributeError) or getattr(reason, "name", "") == target[1]):
-        return f"`{where}` must be found in `{parent}`, which has no `{name}`{_closest(name, dir(sys.modules[parent]))}"
+        return f"`{where}` must be found in `{parent}`, which has no `{name}`{closest(name, dir(sys.modules[parent]))}"
     return (
         f"`{where}` must name something that can be imported, but {type(reason).__name__}: {_flat(reason)}; install "
         f"it, or put its file into {Path.cwd()}"
@@ -104,14 +104,14 @@ def _explain_override(error: Exception, command: argparse.Namespace | None) -> s
     if isinstance(error, MissingConfigException) and error.options:
         return (
             f"`{override}` must choose one of {', '.join(sorted(error.options))}, but there is no file "
-            f"`{error.missing_cfg_file}.yaml`{_closest(value, list(error.options), key + '=')}"
+            f"`{error.missing_cfg_file}.yaml`{closest(value, list(error.options), key + '=')}"
         )
     if "Could not override" not in str(error) and "Could not delete" not in str(error):
         return f"`{override}` must fit the configuration, but {_flat(error, error.__cause__)}"
     keys = [name for name in _keys(cfg) if key.startswith("hydra") or not name.startswith("hydra")]
     return (
         f"`{override}` must name a key or group of the configuration, but there is no `{key}`"
-        f"{_closest(key, keys)} (`ajpq --cfg job` shows all of them)"
+        f"{closest(key, keys)} (`ajpq --cfg job` shows all of them)"
     )
 
 
@@ -161,7 +161,8 @@ def _keys(cfg: DictConfig) -> Iterator[str]:
     yield from walk(OmegaConf.to_container(cfg, resolve=False), "")
 
 
-def _closest(word: str, known: list[str], prefix: str = "") -> str:
+def closest(word: str, known: list[str], prefix: str = "") -> str:
+    """ "; did you mean ...", where something known is like the word."""
     same_end = [name for name in known if name.split(".")[-1] == word.split(".")[-1]]
     near = list(dict.fromkeys([*get_close_matches(word, known, n=2, cutoff=0.6), *same_end]))[:3]
     return f"; did you mean {' or '.join(f'`{prefix}{name}`' for name in near)}" if near else ""

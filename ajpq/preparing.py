@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +13,32 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
+from ajpq import sharing
+from ajpq.budget import Budget
 from ajpq.checkpoint import load_weights, save_weights
 from ajpq.console import Advance, Screen
+from ajpq.correction import check_correction
 from ajpq.data import Data, take
 from ajpq.errors import AjpqError
 from ajpq.memory import keep_freed_memory
 from ajpq.network import Network
-from ajpq.problem import Problem, reachable
+from ajpq.problem import CALIBRATION_IMAGES, Problem, reachable
 from ajpq.space import SearchSpace
 from ajpq.tracing import trace
 from ajpq.training import check_settings, fit
 
 PARTS = ("data", "model", "choices", "costs", "importance", "reward", "evaluator")
-TRAINED = "original.safetensors"
+TRAINED, SHARED = "original.safetensors", "shared.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """What a search starts from. model: the trained CNN; finetune: keywords of `ajpq.finetuning.finetune`."""
+    """What a search starts from. model: the trained CNN, traced: `original`; `network` may have other weights
+    (`ajpq.sharing.share`). finetune: keywords of `ajpq.finetuning.finetune`."""
 
     data: Data
     model: nn.Module
+    original: Network
     network: Network
     problem: Problem
     finetune: Mapping[str, Any]
@@ -42,33 +48,40 @@ def prepare(cfg: DictConfig, folder: Path, screen: Screen) -> Prepared:
     """Instantiate the parts of a job, load or train its model, and make the problem.
 
     Whatever is wrong with the settings is told before anything is spent. A model that is trained here is written to
-    `folder`/original.safetensors, and read from there if it is there.
+    `folder`/original.safetensors, and read from there if it is there; so are shared weights (shared.safetensors).
     """
     keep_freed_memory()
     torch.manual_seed(cfg.seed)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     parts = {name: instantiate(cfg[name], _convert_="all") for name in PARTS}
-    recipes = {name: instantiate(cfg[name], _convert_="all") for name in ("train", "finetune")}
-    for recipe in recipes.values():
-        check_settings(**recipe)
+    recipes = {name: instantiate(cfg[name], _convert_="all") for name in ("train", "weights", "finetune")}
+    sharing.check_settings(**recipes["weights"])
+    for name in ("train", "finetune"):
+        check_settings(**recipes[name])
     check = getattr(getattr(parts["evaluator"], "func", None), "check", None)
     if check is not None:
         check(**parts["evaluator"].keywords)
+    check_correction(cfg.correction)
     limits, data = limits_of(cfg.budget), parts["data"]
     if cfg.checkpoint is not None:
         load_weights(parts["model"], cfg.checkpoint)
     model, images = parts["model"].eval(), next(iter(data.calibration))[0]
     with screen.stage("trace"):
         network = trace(model, images)
-    reachable(SearchSpace(network, parts["choices"]), limits, parts["costs"])
+    space = SearchSpace(network, parts["choices"])
+    budget = reachable(space, limits, parts["costs"])
     if cfg.checkpoint is None:
         if (folder / TRAINED).is_file():
             load_weights(model, folder / TRAINED)
         else:
             _train(model, recipes["train"], cfg.seed, data, screen, folder)
         network = trace(model, images)
+        space = SearchSpace(network, parts["choices"])
     screen.say(str(network))
+    original = network
+    if recipes["weights"]["steps"]:
+        network = _share(network, space, budget, recipes["weights"], cfg.seed, data, screen, folder)
     with screen.stage("prepare"):
         problem = Problem(
             network,
@@ -80,15 +93,36 @@ def prepare(cfg: DictConfig, folder: Path, screen: Screen) -> Prepared:
             importance=parts["importance"],
             reward=parts["reward"],
             norm_images=cfg.norm_images,
+            original=original,
+            correction=cfg.correction,
             evaluator=parts["evaluator"],
         )
-    return Prepared(data, model, network, problem, recipes["finetune"])
+    return Prepared(data, model, original, network, problem, recipes["finetune"])
 
 
 def _train(model: nn.Module, recipe: Mapping[str, Any], seed: int, data: Data, screen: Screen, folder: Path) -> None:
     with screen.stage("train", recipe["epochs"]) as advance:
         fit(model, data.train, seed=seed, **recipe, on_epoch=epochs(advance))
     save_weights(model.eval(), folder / TRAINED)
+
+
+def _share(
+    network: Network, space: SearchSpace, budget: Budget, recipe: Mapping[str, Any], seed: int, data: Data,
+    screen: Screen, folder: Path,
+) -> Network:  # fmt: skip
+    path = folder / SHARED
+    if path.is_file():
+        module = copy.deepcopy(network.module)
+        load_weights(module, path)
+        return replace(network, module=module)
+    images = take(data.calibration, CALIBRATION_IMAGES)
+    with screen.stage("share", recipe["steps"]) as advance:
+        shared = sharing.share(
+            network, sharing.sampler(space, budget), images, data.train, seed=seed, **recipe,
+            on_step=lambda step, loss: advance(step, f"loss {loss:.4f}"),
+        )  # fmt: skip
+    save_weights(shared.module, path)
+    return shared
 
 
 def epochs(advance: Advance) -> Callable[[int, dict], None]:

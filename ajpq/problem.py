@@ -5,15 +5,19 @@ tried.
 from __future__ import annotations
 
 import copy
+import json
+import math
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from ajpq.budget import Budget
 from ajpq.calibration import calibrate
+from ajpq.correction import check_correction
 from ajpq.cost import BOPs, CostModel, MACs, Size
 from ajpq.data import Batches, take
 from ajpq.draft import Draft
@@ -21,6 +25,7 @@ from ajpq.errors import AjpqError
 from ajpq.importance import Importance, magnitude
 from ajpq.network import Network
 from ajpq.policy import CompressionPolicy
+from ajpq.record import policy_of
 from ajpq.scoring.local import Local
 from ajpq.scoring.task import EvaluatorFactory, Measured, Task
 from ajpq.space import Choices, SearchSpace
@@ -65,7 +70,16 @@ class SearchResult:
 
 
 class SearchBackend(Protocol):
-    """Proposes policies, has them scored, returns `problem.result()`."""
+    """Proposes policies, has them scored, returns `problem.result()`.
+
+    What it proposes must depend on the problem, its seed and the scores alone: a killed search is resumed by asking it
+    again, and what it asked before is answered from the record. A backend whose own work takes long can continue where
+    it was instead, with two more methods and a call:
+
+        state_dict() -> dict            all that changes during `search`: tensors, numpy arrays, plain data
+        load_state_dict(state) -> None  called before `search`; problem.history is then what it was at `state_dict`
+        problem.save(self)              called by `search` between batches, when the state is whole
+    """
 
     def search(self, problem: Problem) -> SearchResult: ...
 
@@ -112,13 +126,17 @@ class Problem:
 
     model: the trained CNN (never modified), or a `Network` traced before
     calibration: batches (x, y) of training images, of which the first 1,000 set activation ranges, and the first
-        `norm_images` re-estimate batch-norms before a policy is scored (0 = never)
+        `norm_images` correct batch-norms before a policy is scored (0 = never), as `correction` says: "statistics" or
+        "least_squares", see `ajpq.correction`
     search: batches (x, y), split off training, that every policy is scored on; never the test split
     budget: cost name -> largest fraction of the uncompressed network's cost
     costs: cost name -> model, beside and instead of size, macs, bops
+    original: the network that divergence is measured from, where `model` has other weights (`ajpq.sharing.share`)
     evaluator: makes, from a `scoring.task.Task`, what measures policies; the default, `scoring.local.Local`, runs them
         on `search` without training; `scoring.task.each(function)` takes a plain function policy -> accuracy
-    on_evaluation: called with every new `Evaluation`
+    on_evaluation: called with every new `Evaluation`, not with recalled ones
+    Attributes to set: checkpoint, called with the backend when it can be saved; on_scalar, called with what `log` is
+        given and the number of evaluations.
     Raises AjpqError for a network that cannot be traced and a budget that cannot be met.
     """
 
@@ -134,9 +152,12 @@ class Problem:
         importance: Importance = magnitude,
         reward: Reward = accuracy_reward,
         norm_images: int = 400,
+        original: Network | None = None,
+        correction: str = "least_squares",
         evaluator: EvaluatorFactory = Local,
         on_evaluation: Callable[[Evaluation], None] | None = None,
     ) -> None:
+        check_correction(correction)
         choices = choices or Choices()
         calibration = take(calibration, CALIBRATION_IMAGES)
         self.network = model if isinstance(model, Network) else trace(model, first_images(calibration))
@@ -145,9 +166,12 @@ class Problem:
         self.calibration = calibrate(self.network, calibration)
         self.choices, self.reward, self.on_evaluation = choices, reward, on_evaluation
         norm_data = take(calibration, norm_images) if norm_images else []
-        self.evaluator = evaluator(Task(self.network, self.calibration, norm_data, search))
+        self.evaluator = evaluator(Task(self.network, self.calibration, norm_data, search, original, correction))
         self.history: list[Evaluation] = []
+        self.checkpoint: Callable[[SearchBackend], None] | None = None
+        self.on_scalar: Callable[[str, float, int], None] | None = None
         self._memo: dict[str, Score] = {}
+        self._recalled: deque[Mapping[str, Any]] = deque()
         self._start = time.perf_counter()
 
     @property
@@ -179,9 +203,57 @@ class Problem:
         order = sorted(fresh, key=lambda key: fresh[key].walk(self.network))
         if order:
             floor = self.best.score.accuracy if self.best and self.reward is accuracy_reward else None
+            order = self._answer(order, fresh)
+        if order:
             for i, measured in self.evaluator([fresh[key] for key in order], floor):
                 self._record(order[i], fresh[order[i]], measured)
+                if self.on_evaluation is not None:
+                    self.on_evaluation(self.history[-1])
         return [self._memo[key] for key in digests]
+
+    def recall(self, rows: Sequence[Mapping[str, Any]], done: int = 0) -> None:
+        """Take over the record of an earlier, killed run of the same search, before this one begins.
+
+        rows: of `ajpq.record.read`. The first `done` of them enter `history` now, for a backend that continues from
+        its state; the others when the backend asks for their policies, which are not measured again. Raises AjpqError
+        for a policy that does not fit the network, and later, in `score_all` or `result`, if the backend asks for
+        others than the record has.
+        """
+        for row in rows[:done]:
+            policy = policy_of(row)
+            policy.validate(self.network)
+            self._replay(row, policy)
+        self._recalled = deque(rows[done:])
+
+    def _answer(self, order: Sequence[str], fresh: Mapping[str, CompressionPolicy]) -> list[str]:
+        """Answer from recalled rows, in their order; what is left to measure."""
+        while self._recalled and self._recalled[0]["policy"] in fresh:
+            row = self._recalled.popleft()
+            self._replay(row, fresh[row["policy"]])
+        left = [key for key in order if key not in self._memo]
+        if left:
+            self._check_recalled(f"asks for policy {left[0]}")
+        return left
+
+    def _replay(self, row: Mapping[str, Any], policy: CompressionPolicy) -> None:
+        self._record(row["policy"], policy, Measured(**{field.name: row[field.name] for field in fields(Measured)}))
+        number, reward = len(self.history), self.history[-1].score.reward
+        if not (math.isclose(reward, row["reward"], rel_tol=1e-6) or json.dumps(reward) == json.dumps(row["reward"])):
+            raise AjpqError(
+                f"a resumed search must give the rewards of its record, but evaluation {number} has {row['reward']} "
+                f"there and {reward} now; resume with the same reward and costs"
+            )
+        self.history[-1] = Evaluation(number, policy, self.history[-1].score, row["seconds"])
+        self._start = time.perf_counter() - row["seconds"]
+
+    def _check_recalled(self, instead: str) -> None:
+        if self._recalled:
+            row = self._recalled[0]
+            raise AjpqError(
+                f"a resumed search must ask for the policies of its record, but evaluation {row['number']} is policy "
+                f"{row['policy']} there and the search now {instead}; resume on the machine and with the versions that "
+                "the record was made with, or start a new run"
+            )
 
     def _record(self, key: str, policy: CompressionPolicy, measured: Measured) -> None:
         costs = self.budget.values(policy)
@@ -193,13 +265,22 @@ class Problem:
         )  # fmt: skip
         seconds = time.perf_counter() - self._start
         self.history.append(Evaluation(len(self.history) + 1, policy, self._memo[key], seconds))
-        if self.on_evaluation is not None:
-            self.on_evaluation(self.history[-1])
+
+    def save(self, backend: SearchBackend) -> None:
+        """For backends with a state, between batches: a good moment to keep it. Does nothing unless somebody does."""
+        if self.checkpoint is not None:
+            self.checkpoint(backend)
+
+    def log(self, name: str, value: float) -> None:
+        """For backends: report a number, such as a loss, to be plotted. Does nothing unless somebody listens."""
+        if self.on_scalar is not None:
+            self.on_scalar(name, float(value), self.evaluations)
 
     def again(self) -> Problem:
         """The same problem with an empty record, for another search; all else is shared."""
         twin = copy.copy(self)
-        twin.history, twin._memo, twin._start = [], {}, time.perf_counter()
+        twin.history, twin._memo, twin._recalled, twin._start = [], {}, deque(), time.perf_counter()
+        twin.checkpoint = twin.on_scalar = None
         return twin
 
     def close(self) -> None:
@@ -210,6 +291,7 @@ class Problem:
 
     def result(self) -> SearchResult:
         """The best policy within budget so far. Raises AjpqError if there is none."""
+        self._check_recalled("ends before it")
         best = self.best
         if best is None:
             raise AjpqError(

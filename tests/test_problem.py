@@ -6,6 +6,7 @@ import torch
 from nets import batches_of, images_of, model_of, network_of, problem_of
 
 from ajpq.compression import compress
+from ajpq.correction import match
 from ajpq.cost import MACs
 from ajpq.errors import AjpqError
 from ajpq.policy import CompressionPolicy
@@ -153,13 +154,21 @@ def test_a_reward_and_an_importance_of_the_users_own():
 def test_the_default_evaluator_runs_the_compressed_network_with_fresh_norms():
     network = network_of("digits_cnn")
     calibration, search = batches_of(network, 3, 16), batches_of(network, 2, 32, seed=5)
-    problem = Problem(model_of("digits_cnn"), calibration, search, {"size": 0.2}, norm_images=32)
+    problem = Problem(
+        model_of("digits_cnn"), calibration, search, {"size": 0.2}, norm_images=32, correction="statistics"
+    )
+        model_of("digits_cnn"), calibration, search, {"size": 0.2}, norm_images=32, correction="statistics"
+    )
     policy = drawn(problem, 3)
     student = compress(network, policy, problem.calibration)
     stale = accuracy(student, search)
     recalibrate(student, calibration[:2])
     fresh = accuracy(student, search)
     assert problem.score(policy).accuracy == fresh
+    matched = compress(network, policy, problem.calibration)
+    match(matched, network, policy, calibration[:2])
+    default = Problem(network, calibration, search, {"size": 0.2}, norm_images=32)
+    assert default.score(policy).accuracy == accuracy(matched, search)
     folded = Problem(network, calibration, search, {"size": 0.2}, norm_images=0)
     assert folded.score(policy).accuracy == stale
     with torch.no_grad():

@@ -8,6 +8,7 @@ import sys
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -186,7 +187,7 @@ def _local(task: Task, **options: Any) -> Evaluator:
 def _pickled(make: Callable[[Task], Evaluator], task: Task) -> bytes:
     from ray import cloudpickle
 
-    whole = Task(task.network, task.calibration, list(task.norm_data), list(task.search_data))
+    whole = replace(task, norm_data=list(task.norm_data), search_data=list(task.search_data))
     try:
         return cloudpickle.dumps((make, whole))
     except Exception as error:  # whatever an object's own reduction raises

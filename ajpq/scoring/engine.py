@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ajpq.bank import WeightBank
+from ajpq.correction import matched, outputs
 from ajpq.policy import CompressionPolicy
 from ajpq.scoring.fusion import Skeleton, skeleton
 from ajpq.scoring.kernels import Floats
@@ -21,6 +23,7 @@ from ajpq.scoring.task import Task
 from ajpq.surgery import smaller_graph
 
 SKELETONS, STATISTICS = 64, 20_000  # kept of the latest
+GOAL_BYTES = 2**28  # for what batch-norms are matched to
 
 Each = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]  # `map`, perhaps over threads
 
@@ -34,7 +37,8 @@ class Engine:
         self.in_flight = 0  # most bytes of activations that one batch has needed at once
         self.norm_data = [self.ready(x) for x, *_ in task.norm_data]
         self._skeletons: OrderedDict[bytes, Skeleton] = OrderedDict()
-        self._statistics: OrderedDict[bytes, tuple[Tensor, Tensor]] = OrderedDict()
+        self._statistics: OrderedDict[bytes, tuple[Tensor, ...]] = OrderedDict()
+        self.goals = self._goals(task) if task.correction == "least_squares" else {}
         self.modules = {
             name: module if not _has_tensors(module) else copy.deepcopy(module).to(arithmetic.device, arithmetic.dtype)
             for name, module in self._other_modules().items()
@@ -48,9 +52,28 @@ class Engine:
                 found[str(node.target)] = module
         return found
 
-    def ready(self, x: Tensor) -> Tensor:
+    def _goals(self, task: Task) -> dict[str, list[tuple[Tensor, Tensor]]]:
+        """Of every batch-norm that can be matched and every batch of `norm_data`: what the original puts out, thinned
+        so that all together need no more than GOAL_BYTES, and its means (C,)."""
+        original, names = task.original or task.network, matched(task.network)
+        found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
+        step = 0
+        for x, *_ in task.norm_data:
+            batch = outputs(original, names, x)
+            if not step:  # the first batch tells how much there will be
+                size = 2 * len(task.norm_data) * sum(z.numel() for z in batch.values())
+                step = max(1, math.ceil((size / GOAL_BYTES) ** 0.5))
+            for name, z in batch.items():
+                z = z.to(self.arithmetic.device, self.arithmetic.dtype)
+                mean = z.mean([d for d in range(z.ndim) if d != 1])
+                z = z[:, :, ::step, ::step] if z.ndim == 4 else z
+                z = z.to(torch.float16) if self.arithmetic.dtype == torch.float32 else z
+                found[name].append((self.ready(z, z.dtype), mean))
+        return found
+
+    def ready(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """A batch of images on the device, in the layout that kernels like best."""
-        x = x.to(self.arithmetic.device, self.arithmetic.dtype)
+        x = x.to(self.arithmetic.device, dtype or self.arithmetic.dtype)
         return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
     def forget(self) -> None:
@@ -68,12 +91,13 @@ class Engine:
             while len(self._skeletons) > SKELETONS:
                 self._skeletons.popitem(last=False)
         return Builder(
-            self.network, self.calibration, self.bank, self.arithmetic, self.modules, self._skeletons[key], policy
-        ).program()
+            self.network, self.calibration, self.bank, self.arithmetic, self.modules, self.goals,
+            self._skeletons[key], policy,
+        ).program()  # fmt: skip
 
     def estimate_norms(self, program: Program, each: Each) -> None:
-        """Set every batch-norm to its mean statistics over the batches of `norm_data`, each of which normalises by its
-        own on the way; what an earlier candidate with the same prefix has found is taken over."""
+        """Correct every batch-norm (see `ajpq.correction`) by means over the batches of `norm_data`, each of which
+        normalises by its own on the way; what an earlier candidate with the same prefix has found is taken over."""
         if not self.norm_data or not program.norms:
             return
         keys = {name: program.statistics_key(name) for name in program.norms}
@@ -81,32 +105,31 @@ class Engine:
         places = [i for i, step in enumerate(program.steps) if step.norm in missing]
         if places:
             seen = each(lambda b: self._observe(program, b, min(places), max(places)), range(len(self.norm_data)))
-            sums: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in missing}
+            sums: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in missing}
             for batch in seen:
-                for name, mean, var in batch:
+                for name, *found in batch:
                     if name in missing:
-                        sums[name].append((mean, var))
+                        sums[name].append(tuple(found))
             for name, found in sums.items():
-                means, variances = zip(*found, strict=True)
-                self._statistics[keys[name]] = torch.stack(means).mean(0), torch.stack(variances).mean(0)
+                self._statistics[keys[name]] = tuple(torch.stack(part).mean(0) for part in zip(*found, strict=True))
         for name, norm in program.norms.items():
             self._statistics.move_to_end(keys[name])
-            norm.mean, norm.var = self._statistics[keys[name]]
+            norm.set(*self._statistics[keys[name]])
         while len(self._statistics) > STATISTICS:
             self._statistics.popitem(last=False)
         for step in program.steps:
             if step.fold is not None:
                 step.fold()
 
-    def _observe(self, program: Program, batch: int, first: int, last: int) -> list[tuple[str, Tensor, Tensor]]:
+    def _observe(self, program: Program, batch: int, first: int, last: int) -> list[tuple[Any, ...]]:
         found = []
 
         def run(place: int, values: list[Any]) -> Any:
             step = program.steps[place]
             if step.observe is None:
                 return step.run(*values)
-            y, mean, var = step.observe(*values)
-            found.append((step.norm, mean, var))
+            y, *parts = step.observe(batch, *values)
+            found.append((step.norm, *parts))
             return y
 
         self._run(program, self.norm_data[batch], ("norm", batch), run, first, last + 1)

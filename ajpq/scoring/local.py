@@ -54,7 +54,7 @@ class Local:
         if risk:
             self.batches = _shuffled(self.batches)
         self.images = sum(len(y) for _, y in self.batches)
-        self.original = self._log_probabilities_of(task.network.module)
+        self.original = self._log_probabilities_of((task.original or task.network).module)
         self._pool: ThreadPoolExecutor | None = None
         self._reference: Reference | None = None
         if arithmetic == "bfloat16":

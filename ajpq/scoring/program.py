@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from ajpq import ops
 from ajpq.bank import WeightBank
 from ajpq.calibration import Calibration, range_of
+from ajpq.correction import matching
 from ajpq.layers import Geometry
 from ajpq.network import LayerSpec, Network
 from ajpq.policy import CompressionPolicy
@@ -27,38 +28,52 @@ from ajpq.surgery import kept_weights
 
 
 class Norm:
-    """A batch-norm over the surviving channels: its own statistics, until others are set."""
+    """A batch-norm over the surviving channels: its own statistics, until others are set. goals: of every batch of
+    `norm_data` what it should put out, all channels, and their means, where it is to match the original's."""
 
-    def __init__(self, module: nn.Module, kept: Tensor, arithmetic: Floats) -> None:
+    def __init__(
+        self, module: nn.Module, kept: Tensor, arithmetic: Floats, goals: list[tuple[Tensor, Tensor]] | None
+    ) -> None:
         def part(tensor: Tensor | None, default: float) -> Tensor:
             chosen = torch.full((len(kept),), default) if tensor is None else tensor.detach()[kept]
             return chosen.to(arithmetic.device, arithmetic.dtype)
 
         self.weight, self.bias, self.eps = part(module.weight, 1.0), part(module.bias, 0.0), module.eps
         self.mean, self.var = part(module.running_mean, 0.0), part(module.running_var, 1.0)
+        whole = goals is None or len(kept) == module.num_features
+        self.goals, self.kept = goals, slice(None) if whole else kept.to(arithmetic.device)
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """Gain and shift, (C,) each."""
         gain = self.weight / (self.var + self.eps).sqrt()
         return gain, self.bias - self.mean * gain
 
-    def batch(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x normalised by its own statistics, their mean and unbiased variance."""
+    def batch(self, x: Tensor, number: int) -> tuple[Tensor, ...]:
+        """x normalised by its own statistics, and what `set` takes the mean over batches of."""
+        if self.goals is not None:
+            goal, shift = (t[:, self.kept] if t.ndim > 1 else t[self.kept] for t in self.goals[number])
+            return *matching(x, goal, shift, self.eps), shift
         mean, var = torch.zeros_like(self.mean), torch.ones_like(self.var)
         return F.batch_norm(x, mean, var, self.weight, self.bias, True, 1.0, self.eps), mean, var
+
+    def set(self, mean: Tensor, var: Tensor, *gain_and_shift: Tensor) -> None:
+        self.mean, self.var = mean, var
+        if gain_and_shift:
+            self.weight, self.bias = gain_and_shift
 
 
 @dataclass(eq=False)
 class Step:
-    """run: the values it reads -> its value. norm: the batch-norm in it; observe: like run, but normalising by the
-    statistics of the batch, which it returns as well. cheap: faster to compute again than to keep."""
+    """run: the values it reads -> its value. norm: the batch-norm in it; observe: (number of a batch of `norm_data`,
+    values) -> its value, normalised by what the batch tells, and that as well. cheap: faster to compute again than to
+    keep."""
 
     out: str
     reads: tuple[str, ...]
     key: bytes
     run: Callable[..., Any]
     norm: str | None = None
-    observe: Callable[..., tuple[Any, Tensor, Tensor]] | None = None
+    observe: Callable[..., tuple[Any, ...]] | None = None
     fold: Callable[[], None] | None = None  # takes the norm's statistics into the step
     work: float = 0.0  # multiply-accumulates per image
     cheap: bool = False
@@ -106,10 +121,11 @@ class Builder:
 
     def __init__(
         self, network: Network, calibration: Calibration, bank: WeightBank, arithmetic: Floats,
-        modules: Mapping[str, nn.Module], skeleton: Skeleton, policy: CompressionPolicy,
+        modules: Mapping[str, nn.Module], goals: Mapping[str, list[tuple[Tensor, Tensor]]], skeleton: Skeleton,
+        policy: CompressionPolicy,
     ) -> None:  # fmt: skip
         self.network, self.calibration, self.bank, self.arithmetic = network, calibration, bank, arithmetic
-        self.modules, self.skeleton, self.policy = modules, skeleton, policy
+        self.modules, self.goals, self.skeleton, self.policy = modules, goals, skeleton, policy
         self.alive = policy.alive(network)
         self.tensors = {
             name: t.to(arithmetic.device, arithmetic.dtype if t.is_floating_point() else t.dtype)
@@ -212,9 +228,9 @@ class Builder:
             gain, shift = (t.reshape(1, -1, *([1] * (x.ndim - 2))) for t in norm.affine())
             return _through(tail, torch.addcmul(shift, x, gain))
 
-        def observe(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            y, mean, var = norm.batch(x)
-            return _through(tail, y), mean, var
+        def observe(number: int, x: Tensor) -> tuple[Tensor, ...]:
+            y, *found = norm.batch(x, number)
+            return _through(tail, y), *found
 
         pattern = _pattern(self.alive[self.channels[group.norm]]) if group.norm in self.channels else b""
         key = digest("norm", group.norm, pattern, *self._followers(group), self.keys[source.name])
@@ -244,7 +260,7 @@ class Builder:
             module = self.network.module.get_submodule(name)
             channels = self.channels.get(name)
             kept = np.arange(module.num_features) if channels is None else np.flatnonzero(self.alive[channels])
-            self.norms[name] = Norm(module, torch.from_numpy(kept), self.arithmetic)
+            self.norms[name] = Norm(module, torch.from_numpy(kept), self.arithmetic, self.goals.get(name))
         return self.norms[name]
 
     def _module(self, node: fx.Node) -> nn.Module | None:
@@ -283,10 +299,10 @@ def _layer_step(
             return _through(tail[1:], kernel(x, None, True)) if first else _through(tail, kernel(x))
         return _through(tail, _plus(kernel(x), other))
 
-    def observe(x: Tensor, other: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        y, mean, var = norm.batch(kernel.plain(x))
+    def observe(number: int, x: Tensor, other: Tensor | None = None) -> tuple[Tensor, ...]:
+        y, *found = norm.batch(kernel.plain(x), number)
         y = _through(tail, y if other is None else _plus(y, other))
-        return y if out is None else arithmetic.quantize(y, out), mean, var
+        return y if out is None else arithmetic.quantize(y, out), *found
 
     return run, observe
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ajpq.bank import WeightBank
 from ajpq.compression import compress
+from ajpq.correction import correct
 from ajpq.policy import CompressionPolicy
 from ajpq.scoring.tally import log_probabilities, summed, tally
 from ajpq.scoring.task import Measured, Task
-from ajpq.training import recalibrate
 
 
 class Reference:
@@ -23,12 +23,13 @@ class Reference:
         self._original: list[Tensor] | None = None  # log-probabilities of the uncompressed network, per batch
 
     def measure(self, policy: CompressionPolicy) -> Measured:
+        original = self.task.original or self.task.network
         student = compress(self.task.network, policy, self.task.calibration, self.bank)
         with torch.no_grad():
             if self.task.norm_data:
-                recalibrate(student, self.task.norm_data)
+                correct(student, original, policy, self.task.norm_data, self.task.correction)
             if self._original is None:
-                self._original = [log_probabilities(self.task.network.module(x)) for x, *_ in self.task.search_data]
+                self._original = [log_probabilities(original.module(x)) for x, *_ in self.task.search_data]
             return summed(
                 tally(student(x), y, known)
                 for (x, y, *_), known in zip(self.task.search_data, self._original, strict=True)

@@ -19,12 +19,16 @@ class Task:
     calibration: activation ranges of the uncompressed network
     norm_data: batches (x, y) that batch-norms are re-estimated on before a policy is measured; empty = never
     search_data: batches (x, y), split off training, that accuracy is measured on
+    original: the network that divergence is measured from; None = `network`, uncompressed
+    correction: what is done to batch-norms on `norm_data`, see `ajpq.correction`
     """
 
     network: Network
     calibration: Calibration
     norm_data: Batches
     search_data: Batches
+    original: Network | None = None
+    correction: str = "statistics"
 
 
 @dataclass(frozen=True)
