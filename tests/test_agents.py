@@ -1,11 +1,16 @@
 """The searches, on problems whose best policy is known."""
 
+import copy
+from statistics import NormalDist
+
 import numpy as np
 import pytest
 import stable_baselines3
+import torch
 from nets import problem_of
 
 from agents.hierarchical import Hierarchical
+from agents.linear_program import LinearProgram
 from agents.random_search import RandomSearch
 from agents.uniform import Uniform
 from ajpq.errors import AjpqError
@@ -59,19 +64,72 @@ class Spy(stable_baselines3.DDPG):
         self.made.append(self)
 
 
-def test_every_decision_is_stored_with_the_standardised_reward_of_its_episode():
+def test_every_decision_is_stored_with_the_normal_score_of_the_reward_of_its_episode():
     Spy.made, rewards = [], []
     Hierarchical(
         12, 0, algorithm=Spy, warmup=7, gradient_steps=1, on_episode=lambda number, reward, best: rewards.append(reward)
     ).search(on(widest))
-    expected = (np.array(rewards) - np.mean(rewards[:7])) / np.std(rewards[:7])
-    expected = expected[np.insert(np.diff(expected) != 0, 0, True)]
+    assert len(rewards) == 12 and len(set(rewards)) > 8
+    below = [sum(other < r for other in rewards) + sum(other == r for other in rewards) / 2 for r in rewards]
+    expected = [NormalDist().inv_cdf(rank / 12) for rank in below]
     assert len(Spy.made) == 2
     for model in Spy.made:
         stored = model.replay_buffer.rewards[: model.replay_buffer.pos, 0]
         assert len(stored) > 12 and (model.replay_buffer.dones[: len(stored)] == 1).all()
-        assert np.allclose(stored[np.insert(np.diff(stored) != 0, 0, True)], expected, atol=1e-4)
+        assert np.allclose(np.unique(stored.round(4)), np.unique(np.round(expected, 4)), atol=2e-4)
         assert np.abs(model.replay_buffer.actions[: len(stored)]).max() <= 1
+
+
+def test_a_replay_buffer_that_is_full_forgets_the_oldest():
+    Spy.made = []
+    Hierarchical(14, 0, algorithm=Spy, warmup=3, gradient_steps=1, buffer_size=50).search(on(widest))
+    for model in Spy.made:
+        assert model.replay_buffer.full and np.isfinite(model.replay_buffer.rewards).all()
+
+
+def test_a_search_begins_with_the_evaluations_of_its_start():
+    first = LinearProgram(8).search(on(widest, 0.3))
+    result = Hierarchical(16, 0, start=LinearProgram(), share=0.5, warmup=6, gradient_steps=2).search(on(widest, 0.3))
+    assert digests(result)[: first.evaluations] == digests(first) and result.evaluations == 16
+    assert result.score.reward >= first.score.reward
+
+
+def test_critics_choose_better_episodes_than_chance():
+    learned = mean_reward(lambda seed: Hierarchical(24, seed, warmup=10), narrowest)
+    blind = mean_reward(
+        lambda seed: Hierarchical(24, seed, warmup=10, elite=1.0, candidates=1, gradient_steps=0), narrowest
+    )
+    assert learned > blind
+
+
+@pytest.mark.parametrize("algorithm", ("DDPG", "SAC"))
+def test_a_search_that_continues_from_its_state_ends_as_if_it_had_never_stopped(algorithm):
+    def make() -> Hierarchical:
+        return Hierarchical(14, 0, algorithm=algorithm, start=LinearProgram(), warmup=6, gradient_steps=2)
+
+    whole = make().search(on(widest, 0.3))
+    kept = {}
+
+    def keep(backend) -> None:
+        if problem.evaluations == 9:
+            kept.update(copy.deepcopy(backend.state_dict()))
+
+    problem = on(widest, 0.3)
+    problem.checkpoint = keep
+    make().search(problem)
+    again, backend = on(widest, 0.3), make()
+    again.score_all([evaluation.policy for evaluation in problem.history[:9]])
+    backend.load_state_dict(kept)
+    np.random.seed(5), torch.manual_seed(5)
+    assert digests(backend.search(again))[9:] == digests(whole)[9:]
+
+
+def test_per_kernel_decisions():
+    choices = Choices(weight_bits=(0, 2, 8), first_last=None, blocks="max")
+    result = Hierarchical(10, 0, warmup=4, gradient_steps=2).search(on(widest, 0.3, choices))
+    assert result.evaluations == 10 and result.score.within
+    mixed = [len(set(bits[bits > 0].tolist())) > 1 for e in result.history for bits in e.policy.weight_bits.values()]
+    assert sum(mixed) > 3
 
 
 @pytest.mark.slow
@@ -95,7 +153,7 @@ def test_hierarchical_is_reproducible():
     assert first.score.reward == max(e.score.reward for e in first.history)
 
 
-@pytest.mark.parametrize("algorithm", ("DDPG", "TD3", "SAC", stable_baselines3.TD3))
+@pytest.mark.parametrize("algorithm", ("DDPG", "TD3", "SAC", "TQC", stable_baselines3.TD3))
 def test_hierarchical_works_with_every_algorithm_for_continuous_actions(algorithm):
     told = []
     result = Hierarchical(
@@ -109,7 +167,7 @@ def test_hierarchical_works_with_every_algorithm_for_continuous_actions(algorith
     "algorithm", ("PPO", "A2C", "DQN", "Genetic", "", stable_baselines3.PPO, stable_baselines3.DQN, None, 3)
 )
 def test_hierarchical_refuses_other_algorithms(algorithm):
-    with pytest.raises(AjpqError, match="off-policy class .*DDPG, TD3, SAC.*but it is"):
+    with pytest.raises(AjpqError, match="off-policy class .*DDPG, TD3, SAC, TQC.*but it is"):
         Hierarchical(10, algorithm=algorithm)
 
 
