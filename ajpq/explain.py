@@ -162,7 +162,7 @@ def _keys(cfg: DictConfig) -> Iterator[str]:
 
 
 def closest(word: str, known: list[str], prefix: str = "") -> str:
-    """ "; did you mean ...", where something known is like the word."""
+    """A question whether another word was meant, if there is one like it; else nothing."""
     same_end = [name for name in known if name.split(".")[-1] == word.split(".")[-1]]
     near = list(dict.fromkeys([*get_close_matches(word, known, n=2, cutoff=0.6), *same_end]))[:3]
     return f"; did you mean {' or '.join(f'`{prefix}{name}`' for name in near)}" if near else ""

@@ -124,6 +124,7 @@ def test_genes_are_the_decisions_of_a_draft(seed, blocks):
         assert np.allclose(account.costs, fresh.costs, rtol=1e-12) and (account.alive == fresh.alive).all()
         assert problem.budget.admits(policy)
         assert genome.follow(problem.draft(), account.values).digest() == policy.digest()
+        assert genome.policy(genome.values_of(policy)).digest() == policy.digest()
 
 
 def test_homogeneous_genes_are_the_homogeneous_policy():
@@ -181,7 +182,12 @@ def test_filled_uniform_is_homogeneous_but_for_one_width_higher_wherever_that_fi
     filled = []
     for evaluation in result.history:
         same = [base for base in bases if (genome.alive(base) == evaluation.policy.alive(problem.network)).all()]
-        steps = [(base, genome.values_of(evaluation.policy) - base) for base in same]
+        rests = [
+            gene.kind == "width"
+            and gene.block >= len(genome.blocks(gene.layer, evaluation.policy.alive(problem.network)))
+            for gene in genome.genes
+        ]
+        steps = [(base, np.where(rests, 0, genome.values_of(evaluation.policy) - base)) for base in same]
         fits = []
         for base, step in steps:
             if step.min() >= 0 and step.max() <= 1:

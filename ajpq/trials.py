@@ -1,0 +1,158 @@
+"""The runs of a comparison on disk: a search in a folder of its own, the fine-tuning of what it found, the reports."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import hashlib
+import json
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ajpq import report as reporting
+from ajpq.compression import compress
+from ajpq.console import Pace, Screen
+from ajpq.correction import correct
+from ajpq.data import Batches, Data, take
+from ajpq.errors import AjpqError
+from ajpq.files import remove_parts, replacing, write_text
+from ajpq.finetuning import finetune
+from ajpq.policy import CompressionPolicy
+from ajpq.preparing import Prepared, epochs
+from ajpq.problem import Evaluation, Problem, SearchBackend
+from ajpq.record import RECORD, Record, read
+from ajpq.snapshot import STATE, Keeper, load_state
+from ajpq.study import Study, search_within
+from ajpq.training import accuracy
+
+RESULT, POLICY, TUNED = "result.json", "policy.json", "tuned"
+
+
+def is_whole(place: Path) -> bool:
+    """Whether the search of this folder has ended."""
+    return (place / RESULT).is_file()
+
+
+def search_in(
+    place: Path, problem: Problem, backend: SearchBackend, evaluations: int, seed: int, title: str, screen: Screen
+) -> None:
+    """Search on a problem with an empty record, and write evaluations.jsonl, policy.json (if any is within budget) and
+    at last result.json.
+
+    A search that was killed here goes on. seed: of the global random numbers, so that what ran before does not matter.
+    """
+    for sow in (torch.manual_seed, np.random.seed, random.seed):
+        sow(seed)
+    place.mkdir(parents=True, exist_ok=True)
+    remove_parts(place)
+    record = Record(place / RECORD)
+    try:
+        done, fault = load_state(place / STATE, backend, record.rows)
+        if fault:
+            screen.say(f"{place / STATE} cannot be used ({fault}): the search is replayed from its record")
+        problem.recall(record.rows, done)
+        problem.checkpoint = Keeper(place / STATE, problem)
+        with screen.stage(title, evaluations) as advance:
+            pace = Pace()
+
+            def log(evaluation: Evaluation) -> None:
+                record.append(evaluation)
+                advance(evaluation.number, pace.note(problem.best.score.reward if problem.best else None))
+
+            problem.on_evaluation = log
+            search_within(problem, backend, evaluations)
+    except AjpqError as error:
+        raise AjpqError(f"{title}: {error}") from error
+    finally:
+        record.close()
+    found: dict[str, Any] = {"evaluations": problem.evaluations, "seconds": round(problem.history[-1].seconds, 3)}
+    if problem.best is not None:
+        policy, score = problem.best.policy, problem.best.score
+        found |= {"policy": policy.digest(), "reward": score.reward, "accuracy": score.accuracy}
+        found |= {"ratios": dict(score.ratios)}
+        write_text(place / POLICY, policy.to_json())
+    write_text(place / RESULT, json.dumps(found, indent=1))
+    (place / STATE).unlink(missing_ok=True)
+
+
+def rows_in(place: Path) -> list[dict[str, Any]]:
+    """The record of a search without the widths of its policies."""
+    return [{key: value for key, value in row.items() if key != "widths"} for row in read(place / RECORD)]
+
+
+class Tuner:
+    """Fine-tunes the policies of a comparison and measures them on the test split, the same policy once per seed.
+
+    folder: has the results in `tuned`. norm_images, correction: of batch-norms, before fine-tuning. fresh: makes the
+    data anew: a loader that has served for training begins elsewhere in its order of images.
+    """
+
+    def __init__(
+        self, job: Prepared, folder: Path, norm_images: int, correction: str, fresh: Callable[[], Data], screen: Screen
+    ) -> None:
+        self.job, self.folder, self.screen = job, folder / TUNED, screen
+        self.norm_images, self.correction = norm_images, correction
+        self._fresh, self._data = fresh, None
+        text = json.dumps([norm_images, correction, dict(job.finetune)], sort_keys=True)
+        self._settings = hashlib.sha256(text.encode()).hexdigest()[:8]
+
+    def test(self, policy: CompressionPolicy, seed: int, title: str) -> float:
+        """Accuracy on the test split after fine-tuning with a seed."""
+        path = self.folder / f"{policy.digest()}-{self._settings}-{seed}.json"
+        if not path.is_file():
+            found = {"test": self._tuned(policy, seed, title), "seed": seed, "finetune": dict(self.job.finetune)}
+            write_text(path, json.dumps(found, indent=1))
+        return json.loads(path.read_text())["test"]
+
+    def _tuned(self, policy: CompressionPolicy, seed: int, title: str) -> float:
+        data = self._data = self._data or self._fresh()
+        settings = dict(self.job.finetune)
+        teacher = self.job.model if settings.pop("distillation") else None
+        student = compress(self.job.network, policy, self.job.problem.calibration)
+        if self.norm_images:
+            correct(student, self.job.original, policy, take(data.calibration, self.norm_images), self.correction)
+        with self.screen.stage(f"fine-tune {title}", settings["epochs"]) as advance:
+            train = _later(data.train, seed)
+            final = finetune(student, train, teacher=teacher, seed=seed, **settings, on_epoch=epochs(advance))
+        return accuracy(final, data.test)
+
+
+def _later(train: Batches, seed: int) -> Batches:
+    """The same images in other orders: those of a loader whose epochs are seeded, from its epoch `seed` on."""
+    train = copy.deepcopy(train)
+    for _ in range(seed % 1000):
+        next(iter(train))
+    return train
+
+
+def write(study: Study, planned: int, original: Mapping[str, float], folder: Path) -> None:
+    """Write evaluations.csv, comparison.json, comparison.md and the pictures. planned: runs. original: split ->
+    accuracy of the uncompressed network."""
+    costs = list(study.runs[0].rows[0]["ratios"])
+    plain = ("number", "policy", "reward", "accuracy", "cross_entropy", "divergence", "within", "whole", "seconds")
+    with replacing(folder / "evaluations.csv") as path, path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["search", "seed", *plain, *(f"{cost}_ratio" for cost in costs)])
+        for one in study.runs:
+            for row in one.rows:
+                writer.writerow([one.search, one.seed, *map(row.get, plain), *(row["ratios"][c] for c in costs)])
+    runs = [
+        {"search": one.search, "seed": one.seed, "best": one.best, "seconds": one.seconds, "tests": one.tests}
+        for one in study.runs
+    ]
+    facts = {"original": original, "versions": reporting.versions(), "machine": reporting.machine()}
+    write_text(folder / "comparison.json", json.dumps({**study.summary(), "runs": runs, **facts}, indent=1))
+    limits = ", ".join(f"{name} <= {limit:g}" for name, limit in study.limits.items())
+    known = ", ".join(f"{value:.4f} on the {split} split" for split, value in original.items())
+    head = f"Best policies within {limits}. Uncompressed network: {known}."
+    if len(study.runs) < planned:
+        head += f" So far {len(study.runs)} of {planned} runs."
+    write_text(folder / "comparison.md", f"{head}\n{study.table()}")
+    study.plot(folder / "comparison.png")
+    if len(study.runs) == planned:
+        study.plot(folder / "comparison.svg")
