@@ -157,8 +157,6 @@ def test_the_default_evaluator_runs_the_compressed_network_with_fresh_norms():
     problem = Problem(
         model_of("digits_cnn"), calibration, search, {"size": 0.2}, norm_images=32, correction="statistics"
     )
-        model_of("digits_cnn"), calibration, search, {"size": 0.2}, norm_images=32, correction="statistics"
-    )
     policy = drawn(problem, 3)
     student = compress(network, policy, problem.calibration)
     stale = accuracy(student, search)
