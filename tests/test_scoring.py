@@ -185,6 +185,21 @@ def test_scores_do_not_depend_on_what_was_kept_or_on_workers(name):
     assert [together[i] for i in range(9)] == [evaluator.measure(policy) for policy in policies]
 
 
+def test_scores_do_not_depend_on_the_threads_of_torch():
+    network, before = network_of("digits_cnn"), torch.get_num_threads()
+    task, policies, found = task_of(network, batches=3), mutations(network, 4), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            evaluator = Local(task, workers=2)
+            found.append([evaluator.logits(policy) for policy in policies])
+            assert torch.get_num_threads() == threads
+            assert set(evaluator._each(lambda _: torch.get_num_threads(), range(8))) == {1}
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
 def test_a_known_prefix_is_not_run_again():
     network = network_of("resnet20")
     evaluator = Local(task_of(network), workers=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from typing import Any
 
 import torch
@@ -129,10 +130,7 @@ class Local:
         if self.engine.arithmetic.device.type != "cpu":
             return list(map(function, items))
         if self._pool is None:
-            threads = torch.get_num_threads()
-            self._pool = ThreadPoolExecutor(self.workers, "ajpq-score", lambda: torch.set_num_threads(1))
-            list(self._pool.map(lambda _: None, range(self.workers)))
-            torch.set_num_threads(threads)
+            self._pool = _single_threaded(self.workers)
         return list(self._pool.map(function, items))
 
     def _check_rounding(self, device: str) -> None:
@@ -145,6 +143,21 @@ class Local:
                     f"arithmetic=bfloat16 must keep accuracies within {TOLERANCE}, but {bits} bits everywhere score "
                     f"{rounded:.4f} instead of {right:.4f}; use arithmetic=auto"
                 )
+
+
+def _single_threaded(workers: int) -> ThreadPoolExecutor:
+    """A pool whose threads run every operation alone, so that scores do not depend on how many cores there are."""
+    threads, all_here = torch.get_num_threads(), Barrier(workers)
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        torch.get_num_threads()  # or the first operation would take over what another thread has set by then
+        all_here.wait()
+
+    pool = ThreadPoolExecutor(workers, "ajpq-score", start)
+    list(pool.map(lambda _: None, range(workers)))
+    torch.set_num_threads(threads)
+    return pool
 
 
 def _arithmetic(name: str, device: str) -> Floats:
