@@ -7,7 +7,8 @@ clipping and batch-norm.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import copy
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, RandomSampler, Subset
 
 from ajpq.cifar_files import Source, open_cifar10
 from ajpq.errors import AjpqError
@@ -33,6 +35,44 @@ def take(batches: Batches, images: int | None) -> Batches:
         kept.append(batch)
         seen += len(batch[0])
     return kept
+
+
+def divide(batches: Batches, share: float, seed: int) -> tuple[Batches, Batches]:
+    """Two loaders like `batches` over disjoint images; the first has `share` of them, drawn by `seed`.
+
+    Divides `ImageBatches` and DataLoaders by image, lists by batch. Raises AjpqError for other loaders, and where a
+    part would be empty.
+    """
+    by_image = isinstance(batches, (ImageBatches, DataLoader))
+    if not by_image and not isinstance(batches, Sequence):
+        raise AjpqError(
+            f"training images can be divided in ImageBatches, a DataLoader or a list of batches, but these are "
+            f"{type(batches).__name__}; pass one of those"
+        )
+    if isinstance(batches, DataLoader) and not isinstance(batches.dataset, Sized):
+        raise AjpqError("training images can be divided where their number is known, but this dataset is a stream")
+    whole = batches.images if isinstance(batches, ImageBatches) else batches.dataset if by_image else batches
+    count = round(share * len(whole))
+    if not 0 < count < len(whole):
+        raise AjpqError(
+            f"both parts of the training images must have some, but {share=} of {len(whole)} "
+            f"{'images' if by_image else 'batches'} leaves one empty; give more images or another share"
+        )
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
+    return _part(batches, order[:count]), _part(batches, order[count:])
+
+
+def _part(batches: Batches, chosen: Tensor) -> Batches:
+    if isinstance(batches, ImageBatches):
+        return batches.part(chosen)
+    if isinstance(batches, DataLoader):
+        return DataLoader(
+            Subset(batches.dataset, chosen.tolist()), batches.batch_size, 
+            shuffle=isinstance(batches.sampler, RandomSampler),
+            num_workers=batches.num_workers, collate_fn=batches.collate_fn, pin_memory=batches.pin_memory,
+            drop_last=batches.drop_last,
+        )  # fmt: skip
+    return [batches[i] for i in chosen.tolist()]
 
 
 @dataclass(frozen=True)
@@ -71,6 +111,14 @@ class ImageBatches:
         self._mean = torch.tensor(mean).view(1, -1, 1, 1) * scale
         self._std = torch.tensor(std).view(1, -1, 1, 1) * scale
         self._epochs = None if shuffle is None else torch.Generator().manual_seed(shuffle)
+
+    def part(self, chosen: Tensor) -> ImageBatches:
+        """The same over some of the images: their numbers (n,)."""
+        twin = copy.copy(self)
+        twin.images, twin.labels = self.images[chosen], self.labels[chosen]
+        if self._epochs is not None:
+            twin._epochs = torch.Generator().manual_seed(self._epochs.initial_seed())
+        return twin
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.images), self.batch_size)

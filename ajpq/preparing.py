@@ -96,6 +96,7 @@ def prepare(cfg: DictConfig, folder: Path, screen: Screen) -> Prepared:
             original=original,
             correction=cfg.correction,
             evaluator=parts["evaluator"],
+            train=data.train,
         )
     return Prepared(data, model, original, network, problem, recipes["finetune"])
 

@@ -134,6 +134,7 @@ class Problem:
     original: the network that divergence is measured from, where `model` has other weights (`ajpq.sharing.share`)
     evaluator: makes, from a `scoring.task.Task`, what measures policies; the default, `scoring.local.Local`, runs them
         on `search` without training; `scoring.task.each(function)` takes a plain function policy -> accuracy
+    train: batches (x, y) of augmented training images, none of them in `search`, for backends that train as they search
     on_evaluation: called with every new `Evaluation`, not with recalled ones
     Attributes to set: checkpoint, called with the backend when it can be saved; on_scalar, called with what `log` is
         given and the number of evaluations.
@@ -155,6 +156,7 @@ class Problem:
         original: Network | None = None,
         correction: str = "least_squares",
         evaluator: EvaluatorFactory = Local,
+        train: Batches | None = None,
         on_evaluation: Callable[[Evaluation], None] | None = None,
     ) -> None:
         check_correction(correction)
@@ -164,7 +166,7 @@ class Problem:
         self.space = SearchSpace(self.network, choices, importance(self.network, calibration))
         self.budget = reachable(self.space, budget, costs)
         self.calibration = calibrate(self.network, calibration)
-        self.choices, self.reward, self.on_evaluation = choices, reward, on_evaluation
+        self.choices, self.reward, self.train, self.on_evaluation = choices, reward, train, on_evaluation
         norm_data = take(calibration, norm_images) if norm_images else []
         self.evaluator = evaluator(Task(self.network, self.calibration, norm_data, search, original, correction))
         self.history: list[Evaluation] = []

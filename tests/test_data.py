@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader, TensorDataset
 
 from ajpq.cifar_files import CIFAR10_CLASSES
-from ajpq.data import ImageBatches, cifar10, digits, stratified_order
+from ajpq.data import ImageBatches, cifar10, digits, divide, stratified_order
 from ajpq.errors import AjpqError
 
 MEAN, STD = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1), torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
@@ -113,6 +114,28 @@ def test_batch_sizes(images, size, shuffle, expected):
     x = torch.zeros(images, 1, 2, 2, dtype=torch.uint8)
     batches = ImageBatches(x, torch.zeros(images).long(), size, mean=(0.0,), std=(1.0,), shuffle=shuffle)
     assert [len(y) for _, y in batches] == expected and len(batches) == len(expected)
+
+
+def test_parts_are_disjoint_and_complete():
+    whole = digits().train
+    dataset = TensorDataset(whole.images.float(), torch.arange(len(whole.images)))
+    numbered = ImageBatches(whole.images, torch.arange(len(whole.images)), 64, mean=(0.0,), std=(1.0,), shuffle=0)
+    for batches in (numbered, DataLoader(dataset, 50, shuffle=True), list(DataLoader(dataset, 10))):
+        part, rest = divide(batches, 0.8, seed=3)
+        ours, theirs = ({int(i) for epoch in range(4) for _, y in loader for i in y} for loader in (part, rest))
+        assert not ours & theirs and len(ours | theirs) == len(dataset)
+        assert len(ours) == pytest.approx(0.8 * len(dataset), abs=6)
+        again = divide(batches, 0.8, seed=3)[0]
+        assert {int(i) for epoch in range(4) for _, y in again for i in y} == ours
+    order = [y for _, y in divide(DataLoader(dataset, 50), 0.5, seed=0)[0]]
+    assert torch.equal(torch.cat(order), torch.cat([y for _, y in divide(DataLoader(dataset, 50), 0.5, seed=0)[0]]))
+
+
+def test_what_cannot_be_divided_is_named():
+    with pytest.raises(AjpqError, match="generator"):
+        divide((batch for batch in digits().train), 0.8, 0)
+    with pytest.raises(AjpqError, match="leaves one empty"):
+        divide([1], 0.8, 0)
 
 
 def test_augmentation_is_a_shift_with_black_borders_and_a_flip():
