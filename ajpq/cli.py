@@ -59,11 +59,12 @@ def main(config: str = "config", module: str = "ajpq.pipeline") -> int:
                     "resume continues one run of `ajpq`, not a sweep or a comparison; leave it out: a comparison goes "
                     "on with hydra.run.dir=FOLDER"
                 )
+            flags = [text for text in sys.argv[1:] if text not in command.overrides]
+            again = continued(command.overrides)
             if is_finished(folder_of(command.overrides)):
                 sys.stdout.write(f"the run in {folder_of(command.overrides)} is finished; its report is there\n")
                 return 0
-            flags = [text for text in sys.argv[1:] if text not in command.overrides]
-            command.overrides = continued(command.overrides)
+            command.overrides = again
             sys.argv[1:] = [*command.overrides, *flags]
         if command.multirun:
             check_sweep(command)

@@ -221,6 +221,7 @@ def test_command_goes_on_with_the_settings_of_the_run(weights, tmp_path):
     folder = tmp_path / "run"
     before = read(folder / RECORD)
     assert "is finished" in command(tmp_path, "resume=run").stdout
+    assert "budget.size was 0.08" in one_sentence(command(tmp_path, "resume=run", "budget.size=0.5"))
     (folder / "report.json").unlink()
     (folder / RECORD).write_text("".join((folder / RECORD).read_text().splitlines(keepends=True)[:4]))
     for override, words in (("seed=3", "seed was 0"), ("search=policy", "search was random"), ("hydra.run.dir=x", "x")):
