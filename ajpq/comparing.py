@@ -29,7 +29,7 @@ from ajpq.resume import SEARCH, key_of
 from ajpq.snapshot import check_same, fingerprint, keep
 from ajpq.study import Run, Study, check_controls, meaning
 from ajpq.training import accuracy
-from ajpq.trials import POLICY, TUNED, Tuner, is_whole, rows_in, search_in, write
+from ajpq.trials import POLICY, TUNED, Tuner, is_whole, rows_in, trial, write
 
 SETTINGS = "comparison.yaml"
 CONTROLS = ("uniform", "filled_uniform", "random", "hill_climbing", "nsga2", "lp")  # files of conf/search
@@ -126,7 +126,7 @@ def _search(
             place = folder / entry.folder(seed)
             if not is_whole(place):
                 backend, title = entry.backend(seed), entry.title(seed)
-                search_in(place, job.problem.again(), backend, cfg.evaluations, seed or 0, title, screen)
+                trial(place, job.problem.again(), backend, cfg.evaluations, seed or 0, title, screen, cfg.tensorboard)
                 report()
     finally:
         job.problem.close()

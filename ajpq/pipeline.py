@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import random
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import fx
 
 from ajpq import report as reporting
 from ajpq.compression import compress, freeze
-from ajpq.console import Pace, Screen
+from ajpq.console import Screen
 from ajpq.correction import correct
 from ajpq.data import take
 from ajpq.errors import AjpqError
@@ -23,12 +20,12 @@ from ajpq.files import remove_parts, write_text
 from ajpq.finetuning import finetune
 from ajpq.policy import CompressionPolicy
 from ajpq.preparing import Prepared, epochs, prepare
-from ajpq.problem import Evaluation, SearchBackend, SearchResult
-from ajpq.record import RECORD, Record
+from ajpq.problem import SearchBackend, SearchResult
+from ajpq.record import RECORD
 from ajpq.resume import REPORT, SEARCH
-from ajpq.scalars import Scalars
+from ajpq.searching import search_in
 from ajpq.shipping import load, ship
-from ajpq.snapshot import STATE, Keeper, check_same, fingerprint, keep, load_state
+from ajpq.snapshot import STATE, check_same, fingerprint, keep
 from ajpq.training import accuracy, recalibrate
 
 
@@ -115,56 +112,15 @@ def _check_folder(folder: Path, resumed: bool) -> None:
 
 
 def _search(cfg: DictConfig, folder: Path, screen: Screen, job: Prepared, backend: SearchBackend) -> SearchResult:
-    problem = job.problem
-    for seed in (torch.manual_seed, np.random.seed, random.seed):  # a resumed run has not trained the network
-        seed(cfg.seed)
-    settings = OmegaConf.to_container(cfg, resolve=True)
-    now = fingerprint(settings, job, backend)
+    now = fingerprint(OmegaConf.to_container(cfg, resolve=True), job, backend)
     if (folder / SEARCH).is_file() or (folder / RECORD).is_file():
         check_same(now, folder)
     else:
         keep(now, folder)
-    record = Record(folder / RECORD)
-    scalars = None
-    try:
-        done, fault = load_state(folder / STATE, backend, record.rows)
-        if fault:
-            screen.say(f"{folder / STATE} cannot be used ({fault}): the search is replayed from its record")
-        problem.recall(record.rows, done)
-        if record.rows:
-            screen.say(f"resumed after {len(record.rows)} evaluations")
-        scalars = _scalars(cfg, folder, screen, done + 1)
-        if scalars is not None:
-            scalars.evaluations(record.rows, done + 1)
-            problem.on_scalar = scalars.scalar
-        keeper = Keeper(folder / STATE, problem, before=scalars.flush if scalars else None)
-        problem.checkpoint = keeper
-        with screen.stage("search", getattr(backend, "evaluations", None) or 0) as advance:
-            pace = Pace()
-
-            def log(evaluation: Evaluation) -> None:
-                row = record.append(evaluation)
-                best = problem.best.score.reward if problem.best else None
-                if scalars is not None:
-                    scalars.evaluation(row, best)
-                advance(evaluation.number, pace.note(best))
-
-            problem.on_evaluation = log
-            return backend.search(problem)
-    finally:
-        record.close()
-        if scalars is not None:
-            scalars.close()
-
-
-def _scalars(cfg: DictConfig, folder: Path, screen: Screen, first: int) -> Scalars | None:
-    if not cfg.tensorboard:
-        return None
-    try:
-        return Scalars(folder, first)
-    except AjpqError as error:
-        screen.say(str(error))
-        return None
+    return search_in(
+        folder, job.problem, backend, seed=cfg.seed, evaluations=getattr(backend, "evaluations", None) or 0,
+        screen=screen, tensorboard=cfg.tensorboard,
+    )  # fmt: skip
 
 
 def _corrected(cfg: DictConfig, job: Prepared, policy: CompressionPolicy) -> fx.GraphModule:

@@ -6,17 +6,13 @@ import copy
 import csv
 import hashlib
 import json
-import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from ajpq import report as reporting
 from ajpq.compression import compress
-from ajpq.console import Pace, Screen
+from ajpq.console import Screen
 from ajpq.correction import correct
 from ajpq.data import Batches, Data, take
 from ajpq.errors import AjpqError
@@ -24,9 +20,10 @@ from ajpq.files import remove_parts, replacing, write_text
 from ajpq.finetuning import finetune
 from ajpq.policy import CompressionPolicy
 from ajpq.preparing import Prepared, epochs
-from ajpq.problem import Evaluation, Problem, SearchBackend
-from ajpq.record import RECORD, Record, read
-from ajpq.snapshot import STATE, Keeper, load_state
+from ajpq.problem import Problem, SearchBackend
+from ajpq.record import RECORD, read
+from ajpq.searching import search_in
+from ajpq.snapshot import STATE
 from ajpq.study import Study, search_within
 from ajpq.training import accuracy
 
@@ -38,38 +35,21 @@ def is_whole(place: Path) -> bool:
     return (place / RESULT).is_file()
 
 
-def search_in(
-    place: Path, problem: Problem, backend: SearchBackend, evaluations: int, seed: int, title: str, screen: Screen
-) -> None:
-    """Search on a problem with an empty record, and write evaluations.jsonl, policy.json (if any is within budget) and
-    at last result.json.
-
-    A search that was killed here goes on. seed: of the global random numbers, so that what ran before does not matter.
-    """
-    for sow in (torch.manual_seed, np.random.seed, random.seed):
-        sow(seed)
+def trial(
+    place: Path, problem: Problem, backend: SearchBackend, evaluations: int, seed: int, title: str, screen: Screen,
+    tensorboard: bool,
+) -> None:  # fmt: skip
+    """Search on a problem with an empty record (see `searching.search_in`), and write policy.json (if any is within
+    budget) and at last result.json."""
     place.mkdir(parents=True, exist_ok=True)
     remove_parts(place)
-    record = Record(place / RECORD)
     try:
-        done, fault = load_state(place / STATE, backend, record.rows)
-        if fault:
-            screen.say(f"{place / STATE} cannot be used ({fault}): the search is replayed from its record")
-        problem.recall(record.rows, done)
-        problem.checkpoint = Keeper(place / STATE, problem)
-        with screen.stage(title, evaluations) as advance:
-            pace = Pace()
-
-            def log(evaluation: Evaluation) -> None:
-                record.append(evaluation)
-                advance(evaluation.number, pace.note(problem.best.score.reward if problem.best else None))
-
-            problem.on_evaluation = log
-            search_within(problem, backend, evaluations)
+        search_in(
+            place, problem, backend, seed=seed, evaluations=evaluations, screen=screen, tensorboard=tensorboard,
+            title=title, run=lambda problem, backend: search_within(problem, backend, evaluations),
+        )  # fmt: skip
     except AjpqError as error:
         raise AjpqError(f"{title}: {error}") from error
-    finally:
-        record.close()
     found: dict[str, Any] = {"evaluations": problem.evaluations, "seconds": round(problem.history[-1].seconds, 3)}
     if problem.best is not None:
         policy, score = problem.best.policy, problem.best.score
