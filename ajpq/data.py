@@ -40,10 +40,11 @@ def take(batches: Batches, images: int | None) -> Batches:
 def divide(batches: Batches, share: float, seed: int) -> tuple[Batches, Batches]:
     """Two loaders like `batches` over disjoint images; the first has `share` of them, drawn by `seed`.
 
-    Divides `ImageBatches` and DataLoaders by image, lists by batch. Raises AjpqError for other loaders, and where a
-    part would be empty.
+    Divides DataLoaders and what has `images` and `part(numbers)`, as `ImageBatches`, by image, lists by batch. Raises
+    AjpqError for other loaders, and where a part would be empty.
     """
-    by_image = isinstance(batches, (ImageBatches, DataLoader))
+    in_memory = hasattr(batches, "part") and hasattr(batches, "images")
+    by_image = in_memory or isinstance(batches, DataLoader)
     if not by_image and not isinstance(batches, Sequence):
         raise AjpqError(
             f"training images can be divided in ImageBatches, a DataLoader or a list of batches, but these are "
@@ -51,7 +52,7 @@ def divide(batches: Batches, share: float, seed: int) -> tuple[Batches, Batches]
         )
     if isinstance(batches, DataLoader) and not isinstance(batches.dataset, Sized):
         raise AjpqError("training images can be divided where their number is known, but this dataset is a stream")
-    whole = batches.images if isinstance(batches, ImageBatches) else batches.dataset if by_image else batches
+    whole = batches.images if in_memory else batches.dataset if by_image else batches
     count = round(share * len(whole))
     if not 0 < count < len(whole):
         raise AjpqError(
@@ -63,7 +64,7 @@ def divide(batches: Batches, share: float, seed: int) -> tuple[Batches, Batches]
 
 
 def _part(batches: Batches, chosen: Tensor) -> Batches:
-    if isinstance(batches, ImageBatches):
+    if hasattr(batches, "part"):
         return batches.part(chosen)
     if isinstance(batches, DataLoader):
         return DataLoader(

@@ -1,0 +1,218 @@
+"""Images with boxes: the folder of the DAC-SDC contest (a csv file) and COCO's json, as whole batches in memory."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from ajpq.data import Data
+from ajpq.errors import AjpqError
+
+Labelled = dict[Path, list[tuple[float, float, float, float]]]  # image -> corners x1, y1, x2, y2 in pixels
+RESIZE = {"nearest": Image.NEAREST, "bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}
+
+
+class BoxBatches:
+    """Batches of normalised float32 images (N, 3, H, W) and boxes (N, M, 4): corners as fractions, unused rows all -1.
+
+    images: uint8 (n, 3, H, W). boxes: float32 (n, M, 4). mean, std: of pixel / 255. shuffle: the seed of the order and
+        of the augmentation, both drawn anew every epoch; None = fixed order, all images, as they are. Augmented images
+        are mirrored with probability 1/2, moved by up to `move` of their width and height (what leaves the image is cut
+        off its box; a box that loses more than half is dropped) and changed in brightness by up to `light`.
+    """
+
+    def __init__(
+        self, images: Tensor, boxes: Tensor, batch_size: int, *, mean: float = 0.5, std: float = 0.25,
+        shuffle: int | None = None, move: float = 0.1, light: float = 0.2,
+    ) -> None:  # fmt: skip
+        if batch_size < 1:
+            raise AjpqError(f"`batch_size >= 1` must hold, but {batch_size=}: give the number of images per batch.")
+        self.images, self.boxes, self.batch_size = images, boxes, batch_size
+        self.mean, self.std, self.move, self.light = mean, std, move, light
+        self._epochs = None if shuffle is None else torch.Generator().manual_seed(shuffle)
+
+    def part(self, chosen: Tensor) -> BoxBatches:
+        """The same over some of the images: their numbers (n,)."""
+        twin = copy.copy(self)
+        twin.images, twin.boxes = self.images[chosen], self.boxes[chosen]
+        if self._epochs is not None:
+            twin._epochs = torch.Generator().manual_seed(self._epochs.initial_seed())
+        return twin
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.images), self.batch_size)
+        return whole + (rest > 0 and (self._epochs is None or whole == 0))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self._epochs is None:
+            for images, boxes in zip(
+                self.images.split(self.batch_size), self.boxes.split(self.batch_size), strict=True
+            ):
+                yield self._normalised(images.float()), boxes
+            return
+        epoch = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=self._epochs)))
+        order = torch.randperm(len(self.images), generator=epoch)
+        for chosen in order.split(self.batch_size)[: len(self)]:
+            images, boxes = self._augmented(self.images[chosen], self.boxes[chosen], epoch)
+            yield self._normalised(images), boxes
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        return (images / 255 - self.mean) / self.std
+
+    def _augmented(self, images: Tensor, boxes: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        n, c, h, w = images.shape
+        mirrored = torch.rand(n, 1, generator=generator) < 0.5
+        moved = (2 * torch.rand(2, n, 1, generator=generator) - 1) * self.move
+        dy, dx = (moved[0] * h).round().long(), (moved[1] * w).round().long()  # (n, 1)
+        rows, cols = torch.arange(h) - dy, torch.arange(w) - dx  # (n, h), (n, w): where a pixel comes from
+        seen = ((rows >= 0) & (rows < h))[:, None, :, None] & ((cols >= 0) & (cols < w))[:, None, None, :]
+        cols = torch.where(mirrored, w - 1 - cols, cols).clamp(0, w - 1)
+        taken = images[
+            torch.arange(n).view(n, 1, 1, 1),
+            torch.arange(c).view(1, c, 1, 1),
+            rows.clamp(0, h - 1)[:, None, :, None],
+            cols[:, None, None, :],
+        ]
+        light = 1 + (2 * torch.rand(n, 1, 1, 1, generator=generator) - 1) * self.light
+        pixels = torch.where(seen, (taken.float() * light).clamp(0, 255), torch.full((), 127.5))
+        return pixels, _moved(boxes, mirrored, dx / w, dy / h)
+
+
+def _moved(boxes: Tensor, mirrored: Tensor, dx: Tensor, dy: Tensor) -> Tensor:
+    """boxes (N, M, 4) after mirroring (N, 1) and a shift (N, 1) by fractions of the image; lost ones are -1."""
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    x1, x2 = torch.where(mirrored, 1 - x2, x1), torch.where(mirrored, 1 - x1, x2)
+    whole = torch.stack([x1 + dx, y1 + dy, x2 + dx, y2 + dy], dim=-1)
+    cut = whole.clamp(0, 1)
+    area, left = ((b[..., 2:] - b[..., :2]).clamp(min=0).prod(-1) for b in (whole, cut))
+    kept = (boxes[..., 2] > boxes[..., 0]) & (left > area / 2)
+    return torch.where(kept[..., None], cut, torch.full((), -1.0))
+
+
+def dac_sdc(
+    root: str | Path, seed: int = 0, size: tuple[int, int] = (160, 320), batch_size: int = 16, train: float = 0.6,
+    search: float = 0.15, block: int = 20, calibration_images: int = 200, resize: str = "nearest",
+    eval_batch_size: int = 25,
+) -> Data:  # fmt: skip
+    """UAV frames with one object each: `root`/boxes.csv (file, xmin, ymin, xmax, ymax in pixels) and `root`/images.
+
+    Frames that follow each other may show the same scene: whole blocks of `block` consecutive frames go to train,
+    search or test. train, search: fractions of the blocks; the rest is the test split. size: (H, W) of the network's
+    input. resize: nearest, bilinear or bicubic. Raises AjpqError for a missing folder, table or image.
+    """
+    root = Path(root)
+    table = root / "boxes.csv"
+    if not table.is_file():
+        raise AjpqError(
+            f"data.root must be a folder with boxes.csv and images/, but there is no {table}; set data.root"
+        )
+    labelled: Labelled = {}
+    with table.open(newline="") as file:
+        for row in csv.DictReader(file):
+            try:
+                corners = tuple(float(row[key]) for key in ("xmin", "ymin", "xmax", "ymax"))
+                labelled.setdefault(root / "images" / row["file"], []).append(corners)
+            except (KeyError, TypeError, ValueError) as error:
+                raise AjpqError(
+                    f"every line of {table} must have file, xmin, ymin, xmax, ymax, but one is {row}; mend it"
+                ) from error
+    images, boxes = _read(labelled, size, resize)
+    blocks = np.arange(len(images)) // block
+    order = np.random.default_rng(seed).permutation(blocks.max() + 1)
+    ends = [round(train * len(order)), round((train + search) * len(order))]
+    if not 0 < ends[0] < ends[1] < len(order):
+        raise AjpqError(
+            f"each of train, search and test must have a block of frames, but {train=} and {search=} leave one of "
+            f"{len(order)} blocks empty; change them or `block`"
+        )
+    parts = [torch.from_numpy(np.flatnonzero(np.isin(blocks, some))) for some in np.split(order, ends)]
+    return _splits(images, boxes, parts, seed, batch_size, eval_batch_size, calibration_images, ("object",))
+
+
+def coco(
+    root: str | Path, seed: int = 0, size: tuple[int, int] = (160, 320), batch_size: int = 16, search: float = 0.2,
+    calibration_images: int = 200, resize: str = "nearest", eval_batch_size: int = 25,
+    annotations: str = "_annotations.coco.json",
+) -> Data:  # fmt: skip
+    """Images with boxes in COCO's json: `root`/train and `root`/valid (or test), each with images and `annotations`.
+
+    All categories count as one. search: fraction of train. Raises AjpqError for a missing or broken folder.
+    """
+    root = Path(root)
+    test = next((name for name in ("test", "valid", "val") if (root / name / annotations).is_file()), "valid")
+    (images, boxes), (later, theirs) = (
+        _read(_coco_boxes(root / part / annotations), size, resize) for part in ("train", test)
+    )
+    count = round(search * len(images))
+    if not 0 < count < len(images):
+        raise AjpqError(f"`0 < search < 1` must hold and leave images to train on, but {search=}; use search=0.2")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    most = max(boxes.shape[1], theirs.shape[1])
+    boxes, theirs = (torch.nn.functional.pad(b, (0, 0, 0, most - b.shape[1]), value=-1.0) for b in (boxes, theirs))
+    parts = [order[count:], order[:count].sort().values, len(images) + torch.arange(len(later))]
+    return _splits(torch.cat([images, later]), torch.cat([boxes, theirs]), parts, seed, batch_size, eval_batch_size,
+                   calibration_images, ("object",))  # fmt: skip
+
+
+def _coco_boxes(path: Path) -> Labelled:
+    if not path.is_file():
+        raise AjpqError(
+            f"data.root must hold train/ and valid/ with COCO's json, but there is no {path}; set data.root"
+        )
+    try:
+        found = json.loads(path.read_text())
+        names = {image["id"]: path.parent / image["file_name"] for image in found["images"]}
+        labelled: Labelled = {names[key]: [] for key in sorted(names)}
+        for one in found["annotations"]:
+            x, y, w, h = one["bbox"]
+            labelled[names[one["image_id"]]].append((x, y, x + w, y + h))
+    except (ValueError, KeyError, TypeError) as error:
+        raise AjpqError(f"{path} must be COCO's json, but it cannot be read ({error!r}); mend it") from error
+    return labelled
+
+
+def _read(labelled: Labelled, size: Sequence[int], resize: str) -> tuple[Tensor, Tensor]:
+    """Images uint8 (n, 3, H, W) and boxes (n, M, 4) as fractions."""
+    if resize not in RESIZE:
+        raise AjpqError(f"resize must be one of {', '.join(RESIZE)}, but it is {resize!r}; choose one")
+    if not labelled:
+        raise AjpqError("detection needs images, but the table names none; check data.root")
+    h, w = size
+    images = torch.empty(len(labelled), 3, h, w, dtype=torch.uint8)
+    boxes = torch.full((len(labelled), max(1, *map(len, labelled.values())), 4), -1.0)
+    for i, (path, corners) in enumerate(labelled.items()):
+        try:
+            with Image.open(path) as picture:
+                scale = torch.tensor([picture.width, picture.height] * 2, dtype=torch.float32)
+                small = picture.convert("RGB").resize((w, h), RESIZE[resize])
+        except (OSError, UnidentifiedImageError) as error:
+            raise AjpqError(
+                f"every image of the table must be there and readable, but {path} is not: {error}"
+            ) from error
+        images[i] = torch.from_numpy(np.array(small)).permute(2, 0, 1)
+        if corners:
+            boxes[i, : len(corners)] = torch.tensor(corners) / scale
+    return images, boxes
+
+
+def _splits(
+    images: Tensor, boxes: Tensor, parts: Sequence[Tensor], seed: int, batch_size: int, eval_batch_size: int,
+    calibration_images: int, classes: tuple[str, ...],
+) -> Data:  # fmt: skip
+    train, search, test = parts
+    spread = train[torch.linspace(0, len(train) - 1, min(calibration_images, len(train))).long()]
+    return Data(
+        train=BoxBatches(images[train], boxes[train], batch_size, shuffle=seed),
+        search=BoxBatches(images[search], boxes[search], eval_batch_size),
+        test=BoxBatches(images[test], boxes[test], eval_batch_size),
+        calibration=BoxBatches(images[spread], boxes[spread], eval_batch_size),
+        classes=classes,
+    )

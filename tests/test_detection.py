@@ -1,0 +1,214 @@
+"""Boxes: decoded by hand, lost by a closed form, found again after every augmentation, read exactly from disk."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ajpq.box_data import BoxBatches, coco, dac_sdc
+from ajpq.data import divide
+from ajpq.detection import Detection
+from ajpq.errors import AjpqError
+from ajpq.tasks import Classification
+
+H, W = 4, 8
+TASK = Detection(anchors=((1.0, 2.0), (3.0, 3.0)))
+
+
+def nothing(n: int = 1) -> torch.Tensor:
+    """Outputs (n, 10, H, W) that are sure of no object."""
+    outputs = torch.zeros(n, 2, 5, H, W)
+    outputs[:, :, 4] = -20.0
+    return outputs.view(n, 10, H, W)
+
+
+def says(box: tuple[float, float, float, float], sure: float = 20.0) -> torch.Tensor:
+    """Outputs that tell one box of corners in fractions, in the cell of its centre, by the second anchor."""
+    x1, y1, x2, y2 = box
+    x, y, w, h = (x1 + x2) / 2 * W, (y1 + y2) / 2 * H, (x2 - x1) * W, (y2 - y1) * H
+    outputs = nothing().view(1, 2, 5, H, W)
+    at = torch.tensor([x % 1, y % 1])
+    told = [*torch.logit(at).tolist(), math.log(w / 3), math.log(h / 3), sure]
+    outputs[0, 1, :, int(y), int(x)] = torch.tensor(told)
+    return outputs.view(1, 10, H, W)
+
+
+BOX = (0.2, 0.1, 0.6, 0.9)
+NONE = (-1.0, -1.0, -1.0, -1.0)
+
+
+def test_the_box_that_was_encoded_is_decoded():
+    boxes, sure = TASK.decode(says(BOX))
+    assert boxes.shape == (1, 2 * H * W, 4) and sure.argmax() == H * W + 2 * W + 3
+    assert boxes[0, sure.argmax()].tolist() == pytest.approx(BOX, abs=1e-5)
+
+
+def test_quality_is_the_overlap_of_the_surest_box():
+    shifted = (BOX[0] + 0.2, BOX[1], BOX[2] + 0.2, BOX[3])
+    targets = torch.tensor([[BOX, NONE], [shifted, NONE], [NONE, NONE], [NONE, NONE], [shifted, BOX]])
+    outputs = torch.cat([says(BOX), says(BOX), says(BOX), nothing(), says(BOX)])
+    assert TASK.quality(outputs, targets).tolist() == pytest.approx([1, 1 / 3, 0, 1, 1], abs=1e-5)
+    assert TASK.metrics(outputs, targets)["iou"] == pytest.approx(2 / 3, abs=1e-5)
+
+
+def test_loss_has_its_closed_form():
+    targets = torch.tensor([[BOX]])
+    assert TASK.losses(says(BOX), targets).item() == pytest.approx(0, abs=1e-6)
+    unsure = TASK.losses(says(BOX, sure=0.0), targets).item()
+    assert unsure == pytest.approx(5 * 0.5**2 / 2, abs=1e-6)
+    assert TASK.losses(nothing(), torch.tensor([[NONE]])).item() == pytest.approx(0, abs=1e-6)
+    empty = torch.zeros(1, 10, H, W)  # every confidence is 1/2
+    assert TASK.losses(empty, torch.tensor([[NONE]])).item() == pytest.approx(2 * H * W * 0.25 / 2)
+    wider = says((BOX[0] - 0.1, BOX[1], BOX[2] + 0.1, BOX[3]))
+    expected = (math.log(1.5) ** 2 + 5 * (1 - 2 / 3) ** 2) / 2
+    assert TASK.losses(wider, targets).item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_gradients_lead_to_the_object():
+    outputs = torch.zeros(1, 10, H, W, requires_grad=True)
+    optimizer = torch.optim.Adam([outputs], lr=0.1)
+    for _ in range(150):
+        optimizer.zero_grad()
+        TASK.losses(outputs, torch.tensor([[BOX]])).sum().backward()
+        optimizer.step()
+    assert TASK.quality(outputs.detach(), torch.tensor([[BOX]])).item() > 0.95
+
+
+@pytest.mark.parametrize(
+    "task, outputs", [(TASK, torch.randn(5, 10, H, W)), (Classification(), torch.randn(5, 7))], ids=["boxes", "labels"]
+)
+def test_divergence_is_zero_only_for_the_same(task, outputs):
+    other = outputs + 0.5 * torch.randn_like(outputs)
+    assert task.divergences(outputs, outputs).tolist() == pytest.approx([0] * 5, abs=1e-5)
+    assert (task.divergences(other, outputs) > 0).all() and task.divergences(other, outputs).shape == (5,)
+    soft = task.divergences(other, outputs, temperature=100.0)
+    assert torch.isfinite(soft).all() and (soft > 0).all()
+
+
+def test_average_precision():
+    pytest.importorskip("pycocotools", reason="the extra `detection` is not installed")
+    task = Detection(anchors=TASK.anchors, average_precision=True)
+    targets = torch.tensor([[BOX], [BOX], [BOX], [BOX]])
+    off = (BOX[0], BOX[1], BOX[2], BOX[3] - 0.2)  # IoU 3/4: right at six of COCO's ten levels
+    found = task.metrics(torch.cat([says(BOX)] * 4), targets)
+    assert found["map50"] == pytest.approx(1) and found["map"] == pytest.approx(1)
+    assert task.metrics(torch.cat([says(off)] * 4), targets)["map"] == pytest.approx(0.5, abs=0.11)
+    assert task.metrics(torch.cat([nothing()] * 4), targets) == {"iou": 0.0, "map50": 0.0, "map": 0.0} | {
+        "iou": task.metrics(torch.cat([nothing()] * 4), targets)["iou"]
+    }
+
+
+def test_wrong_number_of_anchors_is_named():
+    with pytest.raises(AjpqError, match="2 anchors needs 10 output channels, but the network has 15"):
+        TASK.decode(torch.zeros(1, 15, H, W))
+
+
+def test_classification_reports_top5_of_many_classes():
+    outputs, targets = torch.eye(10), torch.arange(10).roll(1)
+    assert Classification().metrics(outputs, torch.arange(10)) == {"accuracy": 1.0, "top5_accuracy": 1.0}
+    assert (
+        Classification().metrics(outputs[:, :4], targets)["accuracy"]
+        == 0.1 * (outputs[:, :4].argmax(1) == targets).sum()
+    )
+
+
+# -- data -------------------------------------------------------------------------------------------------------------
+
+
+def scenes(n: int, h: int = 40, w: int = 80) -> tuple[torch.Tensor, torch.Tensor]:
+    """Black images with one white rectangle each."""
+    images, boxes = torch.zeros(n, 3, h, w, dtype=torch.uint8), torch.full((n, 2, 4), -1.0)
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        x, y = int(rng.integers(20, 50)), int(rng.integers(10, 22))
+        images[i, :, y : y + 8, x : x + 12] = 255
+        boxes[i, 0] = torch.tensor([x / w, y / h, (x + 12) / w, (y + 8) / h])
+    return images, boxes
+
+
+def test_boxes_stay_on_their_objects():
+    images, boxes = scenes(30)
+    loader = BoxBatches(images, boxes, 10, mean=0.0, std=1.0, shuffle=0, light=0.0)
+    places = set()
+    for x, y in loader:
+        for picture, (box, unused) in zip(x, y, strict=True):
+            rows, cols = (picture[0] == 1).nonzero(as_tuple=True)
+            found = [cols.min() / 80, rows.min() / 40, (cols.max() + 1) / 80, (rows.max() + 1) / 40]
+            assert box.tolist() == pytest.approx([float(v) for v in found], abs=1e-5)
+            assert unused.tolist() == [-1.0] * 4
+            places.add(tuple(box.tolist()))
+    assert len(places) > 25
+    first, again = (
+        next(iter(BoxBatches(images, boxes, 10, shuffle=0))),
+        next(iter(BoxBatches(images, boxes, 10, shuffle=0))),
+    )
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+
+
+def test_boxes_that_leave_the_image_are_dropped():
+    edge = torch.tensor([[[0.0, 0.4, 0.1, 0.6]]]).repeat(200, 1, 1)
+    loader = BoxBatches(torch.zeros(200, 3, 20, 40, dtype=torch.uint8), edge, 200, shuffle=0, move=0.2)
+    _, boxes = next(iter(loader))
+    width = boxes[:, 0, 2] - boxes[:, 0, 0]
+    assert (boxes[:, 0, 0] == -1).any() and (width[boxes[:, 0, 0] >= 0] >= 0.05 - 1e-6).all()
+
+
+@pytest.fixture
+def frames(tmp_path):
+    """A folder like that of the DAC-SDC contest, 40 frames."""
+    (tmp_path / "images").mkdir()
+    with (tmp_path / "boxes.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["file", "xmin", "ymin", "xmax", "ymax"])
+        for i in range(40):
+            Image.new("RGB", (64, 36), (6 * i, 0, 0)).save(tmp_path / "images" / f"{i:03}.png")
+            table.writerow([f"{i:03}.png", 16, 9, 32, 27])
+    return tmp_path
+
+
+def test_frames_are_split_by_blocks(frames):
+    data = dac_sdc(frames, size=(18, 32), block=4, batch_size=4, eval_batch_size=4)
+    numbers = {}
+    for name in ("train", "search", "test"):
+        loader = getattr(data, name)
+        assert (loader.boxes[:, 0] == torch.tensor([0.25, 0.25, 0.5, 0.75])).all()
+        numbers[name] = {int(image[0, 0, 0]) // 6 for image in loader.images}
+        assert {n // 4 * 4 + i for n in numbers[name] for i in range(4)} == numbers[name]
+    assert sorted(n for part in numbers.values() for n in part) == list(range(40))
+    assert [len(part) for part in numbers.values()] == [24, 8, 8]
+    part, rest = divide(data.train, 0.75, seed=0)
+    assert len(part.images) == 18 and len(rest.images) == 6
+
+
+def test_coco_json_is_read(tmp_path):
+    for part, count in (("train", 10), ("valid", 3)):
+        (tmp_path / part).mkdir()
+        found = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "plane"}]}
+        for i in range(count):
+            Image.new("RGB", (64, 36)).save(tmp_path / part / f"{i}.png")
+            found["images"].append({"id": i, "file_name": f"{i}.png"})
+            found["annotations"] += [{"image_id": i, "bbox": [16, 9, 16, 18]}] * (i % 3)
+        (tmp_path / part / "_annotations.coco.json").write_text(json.dumps(found))
+    data = coco(tmp_path, size=(18, 32), batch_size=4)
+    assert [len(getattr(data, part).images) for part in ("train", "search", "test")] == [8, 2, 3]
+    valid = data.test.boxes
+    assert valid.shape == (3, 2, 4) and (valid[..., 0] >= 0).sum(1).tolist() == [0, 1, 2]
+    assert valid[2, 1].tolist() == pytest.approx([0.25, 0.25, 0.5, 0.75])
+
+
+def test_what_is_wrong_with_a_folder_is_said(frames, tmp_path):
+    with pytest.raises(AjpqError, match="there is no .*boxes.csv"):
+        dac_sdc(tmp_path / "nowhere")
+    with pytest.raises(AjpqError, match="train=0.99"):
+        dac_sdc(frames, train=0.99)
+    with pytest.raises(AjpqError, match="resize must be one of"):
+        dac_sdc(frames, resize="lanczos")
+    with pytest.raises(AjpqError, match="_annotations.coco.json"):
+        coco(tmp_path / "nowhere")
+    (frames / "images" / "003.png").write_bytes(b"no image")
+    with pytest.raises(AjpqError, match="003.png"):
+        dac_sdc(frames)
