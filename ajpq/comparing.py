@@ -82,7 +82,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
         (entry.name, seed): entry for seed in [None, *cfg.seeds] for entry in entries if seed in entry.settings
     }
     tests: dict[tuple[str, int | None], dict[int, float]] = {}
-    original = {"search": accuracy(job.model, take(job.data.search, cfg.search_images))}
+    original = {"search": accuracy(job.model, take(job.data.search, cfg.search_images), job.problem.task)}
 
     def report() -> None:
         runs = [
@@ -105,7 +105,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
                 policy = CompressionPolicy.from_json((folder / entry.folder(own) / POLICY).read_text())
                 seeds = cfg.seeds if own is None else [own]
                 tests[name, own] = {seed: tuner.test(policy, seed, f"{name}, seed {seed}") for seed in seeds}
-            original["test"] = accuracy(job.model, job.data.test)
+            original["test"] = accuracy(job.model, job.data.test, job.problem.task)
     except KeyboardInterrupt:
         screen.say(f"to go on, add hydra.run.dir={folder} to the same command")
         raise

@@ -1,8 +1,8 @@
 """How much a kernel matters. A criterion is one callable, higher = keep:
-(network, batches of training images) -> {layer name: float64 (c_out,)};
+(network, batches of training images, task) -> {layer name: float64 (c_out,)};
 the layer controller (what to prune) and the channel controller (which kernels share a width) follow the same one.
 
-`magnitude` and `bn_scale` look at weights only. `taylor` and `fisher` look at the gradient of the cross-entropy of
+`magnitude` and `bn_scale` look at weights only. `taylor` and `fisher` look at the gradient of the task's loss of
 every single image: one forward and one backward pass over all the batches, in float32, without randomness; how the
 images are batched makes no difference, and neither the network nor any gradient of it is touched.
 """
@@ -21,8 +21,9 @@ from torch.nn import functional as F
 from ajpq.data import Batches
 from ajpq.errors import AjpqError
 from ajpq.network import LayerSpec, Network
+from ajpq.tasks import CLASSIFICATION, Classification, Task
 
-Importance = Callable[[Network, Batches], Mapping[str, np.ndarray]]
+Importance = Callable[[Network, Batches, Task], Mapping[str, np.ndarray]]
 
 IMAGES = 32  # in memory at once, with all their activations
 NUMBERS = 2**23  # of a layer's gradients per image, in memory at once
@@ -40,7 +41,7 @@ def _gains(network: Network) -> dict[str, np.ndarray]:
     return found
 
 
-def magnitude(network: Network, batches: Batches = ()) -> dict[str, np.ndarray]:
+def magnitude(network: Network, batches: Batches = (), task: Task = CLASSIFICATION) -> dict[str, np.ndarray]:
     """Sum of |W| of a kernel (AMC, He et al. 2018), taken after folding the batch-norm, as the kernel will be
     shipped.
     """
@@ -52,7 +53,7 @@ def magnitude(network: Network, batches: Batches = ()) -> dict[str, np.ndarray]:
     return scores
 
 
-def bn_scale(network: Network, batches: Batches = ()) -> dict[str, np.ndarray]:
+def bn_scale(network: Network, batches: Batches = (), task: Task = CLASSIFICATION) -> dict[str, np.ndarray]:
     """|gamma| of the batch-norm behind a kernel (network slimming, Liu et al. 2017); layers without one fall back to
     `magnitude`.
     """
@@ -63,7 +64,7 @@ def bn_scale(network: Network, batches: Batches = ()) -> dict[str, np.ndarray]:
     return scores
 
 
-def taylor(network: Network, batches: Batches) -> dict[str, np.ndarray]:
+def taylor(network: Network, batches: Batches, task: Task = CLASSIFICATION) -> dict[str, np.ndarray]:
     """First-order Taylor expansion of what removing a kernel does to the loss (Molchanov et al. 2019, arXiv 1906.10771:
     (sum over s of g_s w_s)^2 for a group of parameters; we take the root, as Molchanov et al. 2017, arXiv 1611.06440):
 
@@ -77,7 +78,7 @@ def taylor(network: Network, batches: Batches) -> dict[str, np.ndarray]:
     """
     scores = {layer.name: np.zeros(layer.c_out) for layer in network.layers}
     images = 0
-    for n, seen in _backward(network, batches):
+    for n, seen in _backward(network, batches, task):
         images += n
         for name, calls in seen.items():
             change = sum(_of_images(call.after * call.after_grad, network[name], n) for call in calls)  # (n, c_out)
@@ -85,7 +86,7 @@ def taylor(network: Network, batches: Batches) -> dict[str, np.ndarray]:
     return {name: score / images for name, score in scores.items()}
 
 
-def fisher(network: Network, batches: Batches) -> dict[str, np.ndarray]:
+def fisher(network: Network, batches: Batches, task: Task = CLASSIFICATION) -> dict[str, np.ndarray]:
     """What removing a kernel's weights adds to the loss by the diagonal of the Hessian (optimal brain damage, LeCun et
     al. 1990, its saliency h w^2 / 2), for which stands the diagonal of the empirical Fisher information (as in Theis et
     al. 2018, arXiv 1801.05787, there for whole feature maps):
@@ -99,7 +100,7 @@ def fisher(network: Network, batches: Batches) -> dict[str, np.ndarray]:
     """
     scores = {layer.name: np.zeros(layer.c_out) for layer in network.layers}
     images = 0
-    for n, seen in _backward(network, batches):
+    for n, seen in _backward(network, batches, task):
         images += n
         for name, calls in seen.items():
             scores[name] += _squares(network, network[name], calls, n).double().numpy()
@@ -140,8 +141,8 @@ class _Probe(fx.Interpreter):
         return result
 
 
-def _backward(network: Network, batches: Batches) -> Iterator[tuple[int, dict[str, list[_Call]]]]:
-    """(number of images, layer name -> its calls with gradients of the summed cross-entropy), a few images at a
+def _backward(network: Network, batches: Batches, task: Task) -> Iterator[tuple[int, dict[str, list[_Call]]]]:
+    """(number of images, layer name -> its calls with gradients of the summed loss), a few images at a
     time."""
     images = 0
     for x, *rest in batches:
@@ -153,16 +154,16 @@ def _backward(network: Network, batches: Batches) -> Iterator[tuple[int, dict[st
             )
         for part, labels in zip(x.cpu().split(IMAGES), y.cpu().split(IMAGES), strict=True):
             images += len(part)
-            yield len(part), _gradients(network, part, labels)
+            yield len(part), _gradients(network, part, labels, task)
     if not images:
         raise AjpqError("this importance needs at least one image, but the calibration gave 0; pass training images")
 
 
-def _gradients(network: Network, x: Tensor, y: Tensor) -> dict[str, list[_Call]]:
+def _gradients(network: Network, x: Tensor, y: Tensor, task: Task) -> dict[str, list[_Call]]:
     with torch.inference_mode(False), torch.enable_grad():
         probe = _Probe(network)
         logits = probe.run(x.clone())
-        if (
+        if isinstance(task, Classification) and (
             not isinstance(logits, Tensor)
             or logits.ndim != 2
             or not 0 <= int(y.min()) <= int(y.max()) < logits.shape[1]
@@ -174,7 +175,7 @@ def _gradients(network: Network, x: Tensor, y: Tensor) -> dict[str, list[_Call]]
             )
         calls = [call for found in probe.calls.values() for call in found]
         kept = [tensor for call in calls for tensor in (call.output, call.after)]
-        found = torch.autograd.grad(F.cross_entropy(logits, y, reduction="sum"), kept, allow_unused=True)
+        found = torch.autograd.grad(task.losses(logits, y).sum(), kept, allow_unused=True)
     grads = [torch.zeros_like(t) if g is None else g for t, g in zip(kept, found, strict=True)]
     for call, of_output, of_after in zip(calls, grads[::2], grads[1::2], strict=True):
         call.output_grad, call.after_grad = of_output, of_after

@@ -26,7 +26,7 @@ from ajpq.resume import REPORT, SEARCH
 from ajpq.searching import search_in
 from ajpq.shipping import load, ship
 from ajpq.snapshot import STATE, check_same, fingerprint, keep
-from ajpq.training import accuracy, recalibrate
+from ajpq.training import metrics, recalibrate
 
 
 def run(cfg: DictConfig, folder: Path) -> None:
@@ -57,7 +57,15 @@ def run(cfg: DictConfig, folder: Path) -> None:
     try:
         write_text(folder / "policy.json", result.policy.to_json())
         with screen.stage("fine-tune", settings["epochs"]) as advance:
-            final = finetune(student, data.train, teacher=teacher, seed=cfg.seed, **settings, on_epoch=epochs(advance))
+            final = finetune(
+                student,
+                data.train,
+                teacher=teacher,
+                task=problem.task,
+                seed=cfg.seed,
+                **settings,
+                on_epoch=epochs(advance),
+            )
     except KeyboardInterrupt:
         recalibrate(student, data.calibration)
         ship(freeze(student), folder)
@@ -67,14 +75,16 @@ def run(cfg: DictConfig, folder: Path) -> None:
         loaded = load(path)
     with screen.stage("test"):
         searched = _corrected(cfg, job, result.policy)
-        metrics = {
-            name: accuracy(net, data.test)
+        found = {
+            name: metrics(net, data.test, problem.task)
             for name, net in (("original", model), ("searched", searched), ("final", loaded))
         }
 
     costs = reporting.costs_of(problem, result.policy)
     report = {
-        "metrics": metrics,
+        "metric": problem.task.metric,
+        "metrics": {name: values[problem.task.metric] for name, values in found.items()},
+        "metrics_in_full": found,
         "bytes": {
             "original": costs["size"]["original"] / 8,
             "claimed": costs["size"]["final"] / 8,

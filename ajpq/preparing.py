@@ -24,10 +24,11 @@ from ajpq.memory import keep_freed_memory
 from ajpq.network import Network
 from ajpq.problem import CALIBRATION_IMAGES, Problem, reachable
 from ajpq.space import SearchSpace
+from ajpq.tasks import Task
 from ajpq.tracing import trace
 from ajpq.training import check_settings, fit
 
-PARTS = ("data", "model", "choices", "costs", "importance", "reward", "evaluator")
+PARTS = ("task", "data", "model", "choices", "costs", "importance", "reward", "evaluator")
 TRAINED, SHARED = "original.safetensors", "shared.safetensors"
 
 
@@ -75,13 +76,13 @@ def prepare(cfg: DictConfig, folder: Path, screen: Screen) -> Prepared:
         if (folder / TRAINED).is_file():
             load_weights(model, folder / TRAINED)
         else:
-            _train(model, recipes["train"], cfg.seed, data, screen, folder)
+            _train(model, recipes["train"], parts["task"], cfg.seed, data, screen, folder)
         network = trace(model, images)
         space = SearchSpace(network, parts["choices"])
     screen.say(str(network))
     original = network
     if recipes["weights"]["steps"]:
-        network = _share(network, space, budget, recipes["weights"], cfg.seed, data, screen, folder)
+        network = _share(network, space, budget, recipes["weights"], parts["task"], cfg.seed, data, screen, folder)
     with screen.stage("prepare"):
         problem = Problem(
             network,
@@ -95,20 +96,23 @@ def prepare(cfg: DictConfig, folder: Path, screen: Screen) -> Prepared:
             norm_images=cfg.norm_images,
             original=original,
             correction=cfg.correction,
+            task=parts["task"],
             evaluator=parts["evaluator"],
             train=data.train,
         )
     return Prepared(data, model, original, network, problem, recipes["finetune"])
 
 
-def _train(model: nn.Module, recipe: Mapping[str, Any], seed: int, data: Data, screen: Screen, folder: Path) -> None:
+def _train(
+    model: nn.Module, recipe: Mapping[str, Any], task: Task, seed: int, data: Data, screen: Screen, folder: Path
+) -> None:  # fmt: skip
     with screen.stage("train", recipe["epochs"]) as advance:
-        fit(model, data.train, seed=seed, **recipe, on_epoch=epochs(advance))
+        fit(model, data.train, seed=seed, task=task, **recipe, on_epoch=epochs(advance))
     save_weights(model.eval(), folder / TRAINED)
 
 
 def _share(
-    network: Network, space: SearchSpace, budget: Budget, recipe: Mapping[str, Any], seed: int, data: Data,
+    network: Network, space: SearchSpace, budget: Budget, recipe: Mapping[str, Any], task: Task, seed: int, data: Data,
     screen: Screen, folder: Path,
 ) -> Network:  # fmt: skip
     path = folder / SHARED
@@ -119,7 +123,7 @@ def _share(
     images = take(data.calibration, CALIBRATION_IMAGES)
     with screen.stage("share", recipe["steps"]) as advance:
         shared = sharing.share(
-            network, sharing.sampler(space, budget), images, data.train, seed=seed, **recipe,
+            network, sharing.sampler(space, budget), images, data.train, seed=seed, task=task, **recipe,
             on_step=lambda step, loss: advance(step, f"loss {loss:.4f}"),
         )  # fmt: skip
     save_weights(shared.module, path)

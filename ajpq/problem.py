@@ -27,8 +27,9 @@ from ajpq.network import Network
 from ajpq.policy import CompressionPolicy
 from ajpq.record import policy_of
 from ajpq.scoring.local import Local
-from ajpq.scoring.task import EvaluatorFactory, Measured, Task
+from ajpq.scoring.setting import EvaluatorFactory, Measured, Setting
 from ajpq.space import Choices, SearchSpace
+from ajpq.tasks import CLASSIFICATION, Task
 from ajpq.tracing import trace
 
 CALIBRATION_IMAGES = 1000
@@ -36,8 +37,8 @@ CALIBRATION_IMAGES = 1000
 
 @dataclass(frozen=True)
 class Score:
-    """What one evaluation found. accuracy and ratios are fractions; costs are in each model's unit; cross_entropy and
-    divergence (see `scoring.task.Measured`) are in nats. whole: measured on the whole search split; otherwise the
+    """What one evaluation found. accuracy and ratios are fractions; costs are in each model's unit; loss and
+    divergence: see `scoring.setting.Measured`. whole: measured on the whole search split; otherwise the
     evaluator gave up after `images` of them."""
 
     reward: float
@@ -47,7 +48,7 @@ class Score:
     within: bool  # every budget holds
     images: int = 0
     whole: bool = True
-    cross_entropy: float | None = None
+    loss: float | None = None
     divergence: float | None = None
 
 
@@ -92,9 +93,9 @@ def accuracy_reward(measured: Measured, ratios: Mapping[str, float]) -> float:
     return measured.accuracy
 
 
-def cross_entropy_reward(measured: Measured, ratios: Mapping[str, float]) -> float:
-    """Minus the cross-entropy, in nats."""
-    return -_known(measured.cross_entropy, "cross_entropy")
+def loss_reward(measured: Measured, ratios: Mapping[str, float]) -> float:
+    """Minus the loss of the task, for classification the cross-entropy in nats."""
+    return -_known(measured.loss, "loss")
 
 
 def divergence_reward(measured: Measured, ratios: Mapping[str, float]) -> float:
@@ -132,8 +133,9 @@ class Problem:
     budget: cost name -> largest fraction of the uncompressed network's cost
     costs: cost name -> model, beside and instead of size, macs, bops
     original: the network that divergence is measured from, where `model` has other weights (`ajpq.sharing.share`)
-    evaluator: makes, from a `scoring.task.Task`, what measures policies; the default, `scoring.local.Local`, runs them
-        on `search` without training; `scoring.task.each(function)` takes a plain function policy -> accuracy
+    task: what the network is for
+    evaluator: makes, from a `scoring.setting.Setting`, what measures policies; the default, `scoring.local.Local`, runs
+        them on `search` without training; `scoring.setting.each(function)` takes a plain function policy -> accuracy
     train: batches (x, y) of augmented training images, none of them in `search`, for backends that train as they search
     on_evaluation: called with every new `Evaluation`, not with recalled ones
     Attributes to set: checkpoint, called with the backend when it can be saved; on_scalar, called with what `log` is
@@ -155,6 +157,7 @@ class Problem:
         norm_images: int = 400,
         original: Network | None = None,
         correction: str = "least_squares",
+        task: Task = CLASSIFICATION,
         evaluator: EvaluatorFactory = Local,
         train: Batches | None = None,
         on_evaluation: Callable[[Evaluation], None] | None = None,
@@ -163,12 +166,15 @@ class Problem:
         choices = choices or Choices()
         calibration = take(calibration, CALIBRATION_IMAGES)
         self.network = model if isinstance(model, Network) else trace(model, first_images(calibration))
-        self.space = SearchSpace(self.network, choices, importance(self.network, calibration))
+        self.space = SearchSpace(self.network, choices, importance(self.network, calibration, task))
         self.budget = reachable(self.space, budget, costs)
         self.calibration = calibrate(self.network, calibration)
-        self.choices, self.reward, self.train, self.on_evaluation = choices, reward, train, on_evaluation
+        self.task, self.choices, self.reward = task, choices, reward
+        self.train, self.on_evaluation = train, on_evaluation
         norm_data = take(calibration, norm_images) if norm_images else []
-        self.evaluator = evaluator(Task(self.network, self.calibration, norm_data, search, original, correction))
+        self.evaluator = evaluator(
+            Setting(self.network, self.calibration, norm_data, search, original, correction, task)
+        )
         self.history: list[Evaluation] = []
         self.checkpoint: Callable[[SearchBackend], None] | None = None
         self.on_scalar: Callable[[str, float, int], None] | None = None
@@ -263,7 +269,7 @@ class Problem:
         within = all(ratios[name] <= limit * (1 + 1e-9) for name, limit in self.budget.limits.items())
         self._memo[key] = Score(
             self.reward(measured, ratios), measured.accuracy, costs, ratios, within, measured.images, measured.whole,
-            measured.cross_entropy, measured.divergence,
+            measured.loss, measured.divergence,
         )  # fmt: skip
         seconds = time.perf_counter() - self._start
         self.history.append(Evaluation(len(self.history) + 1, policy, self._memo[key], seconds))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ajpq.errors import AjpqError
 from ajpq.files import sync
 from ajpq.policy import CompressionPolicy
-from ajpq.scoring.task import Measured
+from ajpq.scoring.setting import Measured
 
 if TYPE_CHECKING:
     from ajpq.problem import Evaluation

@@ -84,10 +84,10 @@ def show(report: Mapping[str, Any], console: Console) -> None:
         ("budget", "right"),
     ):
         table.add_column(name, justify=justify)
-    metrics, size, budget = report["metrics"], report["bytes"], report["budget"]
-    table.add_row("accuracy after search (test)", f"{metrics['original']:.4f}", f"{metrics['searched']:.4f}")
+    metrics, size, budget, metric = report["metrics"], report["bytes"], report["budget"], report["metric"]
+    table.add_row(f"{metric} after search (test)", f"{metrics['original']:.4f}", f"{metrics['searched']:.4f}")
     table.add_row(
-        "accuracy after fine-tuning (test)", f"{metrics['original']:.4f}", f"{metrics['final']:.4f}", end_section=True
+        f"{metric} after fine-tuning (test)", f"{metrics['original']:.4f}", f"{metrics['final']:.4f}", end_section=True
     )
     table.add_row(
         "bytes claimed",

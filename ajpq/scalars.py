@@ -9,7 +9,7 @@ from typing import Any
 from ajpq.errors import AjpqError
 
 FOLDER = "tensorboard"
-_MEASURED = ("reward", "accuracy", "cross_entropy", "divergence", "seconds")
+_MEASURED = ("reward", "accuracy", "loss", "divergence", "seconds")
 
 
 class Scalars:
@@ -30,7 +30,7 @@ class Scalars:
         self._writer = SummaryWriter(str(folder / FOLDER), purge_step=first, flush_secs=10)
 
     def evaluation(self, row: Mapping[str, Any], best: float | None) -> None:
-        """A row of a record (`ajpq.record.row`): reward, accuracy, cross_entropy, divergence, seconds, cost/<name> (the
+        """A row of a record (`ajpq.record.row`): reward, accuracy, loss, divergence, seconds, cost/<name> (the
         ratio), and the best reward within budget so far."""
         values = {name: row[name] for name in _MEASURED} | {"best": best}
         values |= {f"cost/{name}": ratio for name, ratio in row["ratios"].items()}

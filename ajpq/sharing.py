@@ -13,7 +13,6 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
 from ajpq.bank import WeightBank
 from ajpq.budget import Budget
@@ -26,6 +25,7 @@ from ajpq.network import Network
 from ajpq.policy import CompressionPolicy
 from ajpq.space import SearchSpace
 from ajpq.surgery import kept_weights
+from ajpq.tasks import CLASSIFICATION, Task
 from ajpq.training import recalibrate
 
 Draw = Callable[[np.random.Generator], CompressionPolicy]
@@ -44,12 +44,12 @@ def share(
     network: Network, draw: Draw, calibration: Batches, train: Batches, *, steps: int, lr: float = 0.02,
     momentum: float = 0.9, weight_decay: float = 5e-4, distill: float = 0.5, temperature: float = 4.0,
     clip_grad: float = 5.0, precision: str = "float32", seed: int = 0,
-    on_step: Callable[[int, float], None] | None = None,
+    task: Task = CLASSIFICATION, on_step: Callable[[int, float], None] | None = None,
 ) -> Network:  # fmt: skip
     """The same network with weights that were trained under sampled policies; `network` is not modified.
 
     Every step draws a policy (e.g. by `sampler`), compresses the present weights by it, and takes one step of SGD
-    on what survives: loss (1 - distill) * cross-entropy + distill * temperature^2 * KL to the original network, the
+    on what survives: loss (1 - distill) * the task's loss + distill * its divergence from the original network, the
     learning rate falling from `lr` to 0 along a cosine. The statistics of batch-norms are re-estimated at the end.
     calibration: training images in fixed order, for activation steps and those statistics. precision: of the forward
     and backward passes, "float32" or "bfloat16" (autocast). on_step(step, loss): after each, counted from 1.
@@ -69,13 +69,11 @@ def share(
             policy, (x, y) = draw(rng), next(stream)
             student = compress(shared, policy, ranges, WeightBank(shared)).train()
             with cast:
-                logits = student(x).float()  # (N, classes)
+                outputs = student(x).float()  # (N, ...)
                 with torch.no_grad():
-                    target = F.log_softmax(teacher(x).float() / temperature, dim=1)
-            soft = F.log_softmax(logits / temperature, dim=1)
-            loss = (1 - distill) * F.cross_entropy(logits, y) + distill * temperature**2 * F.kl_div(
-                soft, target, reduction="batchmean", log_target=True
-            )
+                    target = teacher(x).float()
+            soft = task.divergences(outputs, target, temperature).mean()
+            loss = (1 - distill) * task.losses(outputs, y).mean() + distill * soft
             if not torch.isfinite(loss):
                 raise AjpqError(
                     f"the loss of shared weights must stay finite, but it is {loss.item()} at step {step} with {lr=}; "

@@ -26,14 +26,14 @@ from ajpq.problem import (
     Reward,
     SearchBackend,
     accuracy_reward,
-    cross_entropy_reward,
     divergence_reward,
+    loss_reward,
 )
 from ajpq.record import row
 
 _MEANING = {
     accuracy_reward: "accuracy",
-    cross_entropy_reward: "minus cross-entropy (nats)",
+    loss_reward: "minus loss",
     divergence_reward: "minus divergence from the original (nats)",
 }
 NOTE = """\

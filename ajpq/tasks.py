@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -61,14 +60,9 @@ class Classification:
         return found
 
 
+CLASSIFICATION = Classification()
+
+
 def is_binary(task: Task) -> bool:
     """Whether quality is 0 or 1 for every image: how many are right is then a count."""
     return isinstance(task, Classification)
-
-
-def outputs_of(module: torch.nn.Module, batches) -> tuple[Tensor, Tensor]:
-    """Outputs and targets of a whole split, on the CPU; the module is left in the mode it has."""
-    device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
-    with torch.no_grad():
-        pairs = [(module(x.to(device)).cpu(), y.cpu()) for x, y, *_ in batches]
-    return torch.cat([out for out, _ in pairs]), torch.cat([y for _, y in pairs])

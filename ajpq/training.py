@@ -9,24 +9,29 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ajpq.data import Batches
 from ajpq.errors import AjpqError
+from ajpq.tasks import CLASSIFICATION, Task
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, batches: Batches) -> float:
-    """Top-1 accuracy in [0, 1], in eval mode; all modes are restored. Raises AjpqError if there is no image."""
-    device, hits, images = _device(model), 0, 0
+def metrics(model: nn.Module, batches: Batches, task: Task = CLASSIFICATION) -> dict[str, float]:
+    """What the task reports of a split, fractions, in eval mode; all modes are restored. Raises AjpqError if there is
+    no image."""
+    device = _device(model)
     with _modes(model, training=False):
-        for x, y in batches:  # (N, C, H, W), (N,)
-            hits += (model(x.to(device)).argmax(1) == y.to(device)).sum()
-            images += len(y)
-    if images == 0:
-        raise AjpqError("Accuracy needs at least one image, but the batches hold none: check the data split.")
-    return float(hits) / images
+        pairs = [(model(x.to(device)).cpu(), y.cpu()) for x, y, *_ in batches]  # (N, C, H, W), (N, ...)
+    if not sum(len(y) for _, y in pairs):
+        raise AjpqError(f"The {task.metric} needs at least one image, but the batches hold none: check the data split.")
+    outputs, targets = (torch.cat(column) for column in zip(*pairs, strict=True))
+    return task.metrics(outputs, targets)
+
+
+def accuracy(model: nn.Module, batches: Batches, task: Task = CLASSIFICATION) -> float:
+    """The metric that the task is judged by, e.g. top-1 accuracy; see `metrics`."""
+    return metrics(model, batches, task)[task.metric]
 
 
 @torch.no_grad()
@@ -87,16 +92,17 @@ def check_settings(
 
 def fit(
     model: nn.Module, batches: Batches, *, epochs: int, lr: float, momentum: float = 0.9, weight_decay: float = 5e-4,
-    label_smoothing: float = 0.0, warmup: float = 0.1, teacher: nn.Module | None = None, temperature: float = 4.0,
+    task: Task = CLASSIFICATION, warmup: float = 0.1, teacher: nn.Module | None = None, temperature: float = 4.0,
     distill: float = 0.5, clip_grad: float | None = None, scale_lr: float = 1.0,
     on_epoch: Callable[[int, dict], None] | None = None, seed: int = 0,
 ) -> list[dict]:  # fmt: skip
-    """Train `model` in place by SGD with Nesterov momentum; a row per epoch: epoch, loss, train_accuracy, seconds, lr.
+    """Train `model` in place by SGD with Nesterov momentum; a row per epoch: epoch, loss, train_accuracy (the task's
+    quality), seconds, lr.
 
     The learning rate rises linearly over the first `warmup` (fraction of all steps) to `lr` and falls to 0 along a
     cosine. Weight decay holds for parameters of two or more dimensions; those whose name ends in "scale" learn at `lr *
     scale_lr`, without decay. teacher: a frozen network to learn from (Hinton et al. 2015, arXiv 1503.02531), with loss
-    = (1 - distill) * cross entropy + distill * temperature^2 * KL(teacher || model), both softened by `temperature`.
+    = (1 - distill) * the task's loss + distill * its divergence from the teacher's outputs, softened by `temperature`.
     clip_grad: the largest norm of the whole gradient. on_epoch(epoch, row): called after each epoch, counted from 1.
     seed: of torch's global generator while training (dropout, unseeded loaders); it is put back afterwards. An
         interrupt passes through and leaves the model as the last step made it. Raises AjpqError for bad settings, for
@@ -138,15 +144,12 @@ def fit(
                     for group in optimizer.param_groups:
                         group["lr"] = now * group["factor"]
 
-                    logits = model(x)  # (N, classes)
-                    loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing)  # ()
+                    outputs = model(x)  # (N, ...)
+                    loss = task.losses(outputs, y).mean()  # ()
                     if teacher is not None:
                         with torch.no_grad():
-                            target = F.log_softmax(teacher(x) / temperature, dim=1)  # (N, classes)
-                        soft = F.kl_div(
-                            F.log_softmax(logits / temperature, dim=1), target, reduction="batchmean", log_target=True
-                        )  # ()
-                        loss = (1 - distill) * loss + distill * temperature**2 * soft
+                            target = teacher(x)  # (N, ...)
+                        loss = (1 - distill) * loss + distill * task.divergences(outputs, target, temperature).mean()
                     if not torch.isfinite(loss):
                         raise AjpqError(
                             f"The training loss must stay finite, but it is {loss.item()} at epoch {epoch}, step "
@@ -161,7 +164,7 @@ def fit(
                     step += 1
                     images += len(y)
                     total += loss.item() * len(y)
-                    hits += int((logits.detach().argmax(1) == y).sum())
+                    hits += float(task.quality(outputs.detach(), y).sum())
                 if images == 0:
                     raise AjpqError(
                         f"Training needs images in every epoch, but epoch {epoch} has none: "

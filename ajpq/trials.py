@@ -98,8 +98,16 @@ class Tuner:
             correct(student, self.job.original, policy, take(data.calibration, self.norm_images), self.correction)
         with self.screen.stage(f"fine-tune {title}", settings["epochs"]) as advance:
             train = _later(data.train, seed)
-            final = finetune(student, train, teacher=teacher, seed=seed, **settings, on_epoch=epochs(advance))
-        return accuracy(final, data.test)
+            final = finetune(
+                student,
+                train,
+                teacher=teacher,
+                task=self.job.problem.task,
+                seed=seed,
+                **settings,
+                on_epoch=epochs(advance),
+            )
+        return accuracy(final, data.test, self.job.problem.task)
 
 
 def _later(train: Batches, seed: int) -> Batches:
@@ -114,7 +122,7 @@ def write(study: Study, planned: int, original: Mapping[str, float], folder: Pat
     """Write evaluations.csv, comparison.json, comparison.md and the pictures. planned: runs. original: split ->
     accuracy of the uncompressed network."""
     costs = list(study.runs[0].rows[0]["ratios"])
-    plain = ("number", "policy", "reward", "accuracy", "cross_entropy", "divergence", "within", "whole", "seconds")
+    plain = ("number", "policy", "reward", "accuracy", "loss", "divergence", "within", "whole", "seconds")
     with replacing(folder / "evaluations.csv") as path, path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["search", "seed", *plain, *(f"{cost}_ratio" for cost in costs)])

@@ -32,7 +32,7 @@ from ajpq.memory import keep_freed_memory
 from ajpq.models import cifar_resnet
 from ajpq.policy import CompressionPolicy
 from ajpq.scoring.local import Local
-from ajpq.scoring.task import Task
+from ajpq.scoring.setting import Setting
 from ajpq.space import Choices, SearchSpace
 from ajpq.tracing import trace
 from ajpq.training import accuracy, recalibrate
@@ -44,8 +44,8 @@ def main() -> None:
     model, calibration, search = _case(options)
     network = trace(model, calibration[0][0][:2])
     ranges = calibrate(network, calibration)
-    folded = Task(network, ranges, [], search)
-    fresh = Task(network, ranges, take(calibration, 400), search)
+    folded = Setting(network, ranges, [], search)
+    fresh = Setting(network, ranges, take(calibration, 400), search)
     full = CompressionPolicy.homogeneous(network, 4, 8)
     if options.grow is not None:
         _grow(fresh, full, options)
@@ -66,8 +66,8 @@ def main() -> None:
             network, ranges, p, search, fresh.norm_data
         )
         for arithmetic in ("auto", "float32", "bfloat16"):
-            for what, task in (("", folded), (", norms re-estimated", fresh)):
-                evaluator = _evaluator(task, options, arithmetic)
+            for what, setting in (("", folded), (", norms re-estimated", fresh)):
+                evaluator = _evaluator(setting, options, arithmetic)
                 if evaluator is not None:
                     contestants[f"{arithmetic}{what}: {name}"] = lambda e=evaluator, p=policy: _once(e, p)
     table = compare(contestants, options.rounds)
@@ -118,9 +118,9 @@ def _naive(network, ranges, policy, search, norm_data) -> float:
     return accuracy(student, search)
 
 
-def _evaluator(task: Task, options: argparse.Namespace, arithmetic: str) -> Local | None:
+def _evaluator(setting: Setting, options: argparse.Namespace, arithmetic: str) -> Local | None:
     try:
-        return Local(task, workers=options.threads, cache_bytes=0, arithmetic=arithmetic)
+        return Local(setting, workers=options.threads, cache_bytes=0, arithmetic=arithmetic)
     except ValueError as error:
         say(f"left out: {error}")
         return None
@@ -145,19 +145,19 @@ def _at_half_the_macs(network) -> CompressionPolicy:
 # -- reuse, memory, scaling -------------------------------------------------------------------------------------------
 
 
-def _one_layer(task: Task, first: CompressionPolicy, options: argparse.Namespace) -> None:
+def _one_layer(setting: Setting, first: CompressionPolicy, options: argparse.Namespace) -> None:
     """Candidates that differ from a known one in one random layer, against the same candidates without reuse."""
     for megabytes in CACHES:
-        evaluator = Local(task, workers=options.threads, cache_bytes=megabytes * 2**20)
-        plain = Local(task, workers=options.threads, cache_bytes=0)
+        evaluator = Local(setting, workers=options.threads, cache_bytes=megabytes * 2**20)
+        plain = Local(setting, workers=options.threads, cache_bytes=0)
         evaluator.measure(first)
         for (
             layer
-        ) in task.network.layers:  # every kernel is quantized once per width, as in a search that has run a while
+        ) in setting.network.layers:  # every kernel is quantized once per width, as in a search that has run a while
             for width in (2, 3, 4, 6, 8):
                 evaluator.engine.bank.codes(layer, width), plain.engine.bank.codes(layer, width)
         ratios, equal = [], True
-        for policy in _neighbours(task.network, first, 60):
+        for policy in _neighbours(setting.network, first, 60):
             began = time.perf_counter()
             reused = evaluator.measure(policy)
             middle = time.perf_counter()
@@ -184,11 +184,11 @@ def _neighbours(network, first: CompressionPolicy, count: int) -> Iterator[Compr
         yield CompressionPolicy(bits, first.act_bits)
 
 
-def _grow(task: Task, first: CompressionPolicy, options: argparse.Namespace) -> None:
+def _grow(setting: Setting, first: CompressionPolicy, options: argparse.Namespace) -> None:
     """Print by how much this process grows, at its peak, over the network and the images."""
     before = _status("VmRSS")
-    evaluator = Local(task, workers=options.threads, cache_bytes=options.grow * 2**20)
-    for policy in (first, *_neighbours(task.network, first, 30)):
+    evaluator = Local(setting, workers=options.threads, cache_bytes=options.grow * 2**20)
+    for policy in (first, *_neighbours(setting.network, first, 30)):
         evaluator.measure(policy)
     say(f"{(_status('VmHWM') - before) / 1024:.0f}")
 
@@ -205,7 +205,7 @@ def _scaling(options: argparse.Namespace) -> None:
     def timed(depth: int, images: int, candidates: int) -> float:
         search = [(torch.randn(100, 3, 32, 32), torch.zeros(100, dtype=torch.long)) for _ in range(images // 100)]
         network = trace(cifar_resnet(depth).eval(), search[0][0][:2])
-        evaluator = Local(Task(network, calibrate(network, search[:1]), [], search), cache_bytes=0, workers=1)
+        evaluator = Local(Setting(network, calibrate(network, search[:1]), [], search), cache_bytes=0, workers=1)
         policies = [CompressionPolicy.homogeneous(network, 2 + i % 7, 8) for i in range(candidates)]
         evaluator.measure(policies[0])
         return min(seconds(lambda: [evaluator.measure(p) for p in policies]) for _ in range(3))
@@ -221,16 +221,16 @@ def _scaling(options: argparse.Namespace) -> None:
         say(f"time against {what}: {listed}; exponent {slope:.2f}")
 
 
-def _ray(task: Task, options: argparse.Namespace) -> None:
+def _ray(setting: Setting, options: argparse.Namespace) -> None:
     from ajpq.scoring.cluster import Ray
 
     random, times = np.random.default_rng(0), {}
-    eight, policies = CompressionPolicy.homogeneous(task.network, 8, 8), []
+    eight, policies = CompressionPolicy.homogeneous(setting.network, 8, 8), []
     for _ in range(16):
         bits = {name: random.choice((2, 3, 4, 6, 8), len(b)).astype(np.uint8) for name, b in eight.weight_bits.items()}
         policies.append(CompressionPolicy(bits, eight.act_bits))
     for workers in (1, 2):
-        evaluator = Ray(task, workers=workers, cache_bytes=0)
+        evaluator = Ray(setting, workers=workers, cache_bytes=0)
         list(evaluator(policies[:workers]))  # start-up
         times[workers] = statistics.median(seconds(lambda e=evaluator: list(e(policies))) for _ in range(3))
         evaluator.close()

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from ajpq.errors import AjpqError
 from ajpq.policy import CompressionPolicy
-from ajpq.scoring.task import Measured, Task
+from ajpq.scoring.setting import Measured, Setting
 
 
 class Marked(ValueError):
@@ -18,15 +18,15 @@ class MeanWidth:
     """The accuracy is the mean width in units of 32 bits; `images` is the process that said so.
 
     seconds: per policy. log: a file that gets a letter per policy. deadly, faulty: a policy of this mean width kills
-    the process, or is an error. broken: the task cannot be loaded.
+    the process, or is an error. broken: the setting cannot be loaded.
     """
 
     def __init__(
-        self, task: Task, *, seconds: float = 0.0, log: str | None = None, deadly: float = -1, faulty: float = -1,
+        self, setting: Setting, *, seconds: float = 0.0, log: str | None = None, deadly: float = -1, faulty: float = -1,
         broken: bool = False,
     ) -> None:  # fmt: skip
         if broken:
-            raise AjpqError("the task must load, but it is broken; mend it")
+            raise AjpqError("the setting must load, but it is broken; mend it")
         self.seconds, self.log, self.deadly, self.faulty = seconds, log, deadly, faulty
 
     def __call__(

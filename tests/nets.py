@@ -19,7 +19,7 @@ from ajpq.models import digits_cnn, resnet20
 from ajpq.network import Network
 from ajpq.policy import CompressionPolicy
 from ajpq.problem import Problem
-from ajpq.scoring.task import each
+from ajpq.scoring.setting import each
 from ajpq.tracing import trace
 
 TORCHVISION = (

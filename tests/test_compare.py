@@ -223,7 +223,7 @@ def job(folder: Path, weights: Path, *overrides: str) -> dict:
         cfg = hydra.compose("compare", [*given, "search_images=100", "norm_images=64", *overrides])
         OmegaConf.set_struct(cfg, False)
         accuracy = {"_target_": "hydra.utils.get_method", "path": f"{__name__}.counted"}
-        cfg.evaluator = {"_target_": "ajpq.scoring.task.each", "accuracy": accuracy}
+        cfg.evaluator = {"_target_": "ajpq.scoring.setting.each", "accuracy": accuracy}
         cfg.checkpoint = str(weights)
         comparing.run(cfg, folder)
     return json.loads((folder / "comparison.json").read_text())
@@ -262,7 +262,7 @@ def test_folder_has_everything(done: Path) -> None:
         "policy",
         "reward",
         "accuracy",
-        "cross_entropy",
+        "loss",
         "divergence",
         "within",
         "seconds",

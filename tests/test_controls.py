@@ -24,7 +24,7 @@ from ajpq.errors import AjpqError
 from ajpq.network import Network
 from ajpq.policy import CompressionPolicy
 from ajpq.problem import Problem, SearchResult
-from ajpq.scoring.task import each
+from ajpq.scoring.setting import each
 from ajpq.space import Choices
 from ajpq.tracing import trace
 

@@ -17,7 +17,7 @@ from ajpq.policy import CompressionPolicy
 from ajpq.scoring import engine
 from ajpq.scoring.local import Local
 from ajpq.scoring.reference import Reference
-from ajpq.scoring.task import Task
+from ajpq.scoring.setting import Setting
 from ajpq.training import recalibrate
 
 
@@ -98,12 +98,14 @@ def test_the_network_that_is_matched_to_is_not_touched():
 def test_the_evaluator_corrects_as_the_reference_does(name, thin, monkeypatch):
     network = chain() if name == "plain" else network_of(name)
     data = batches_of(network, 2, 16)
-    task = Task(network, calibrate(network, data), data, batches_of(network, 2, 50, seed=5), correction="least_squares")
+    setting = Setting(
+        network, calibrate(network, data), data, batches_of(network, 2, 50, seed=5), correction="least_squares"
+    )
     if thin:
         monkeypatch.setattr(engine, "GOAL_BYTES", 20_000)
     for seed in range(3):
         policy = random_policy(network, seed, 0.3, (2, 4), (32,))  # no rounding of activations: no step to tip over
-        ours, theirs = Local(task, workers=1).measure(policy), Reference(task).measure(policy)
+        ours, theirs = Local(setting, workers=1).measure(policy), Reference(setting).measure(policy)
         close = pytest.approx(theirs.divergence, rel=0.5 if thin else 5e-3)
         assert ours.divergence == close and (thin or ours.accuracy == pytest.approx(theirs.accuracy, abs=0.021))
 

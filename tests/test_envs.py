@@ -17,7 +17,7 @@ from ajpq.errors import AjpqError
 from ajpq.importance import magnitude
 from ajpq.policy import CompressionPolicy
 from ajpq.problem import Problem, accuracy_reward
-from ajpq.scoring.task import each
+from ajpq.scoring.setting import each
 from ajpq.space import Choices
 from envs.compression import CompressionEnv, rollout
 from envs.partners import ByImportance, Homogeneous, constant, middle
@@ -466,7 +466,7 @@ def test_where_a_partner_is_told_nothing_it_takes_the_middle():
 
 
 def test_a_partner_by_importance_gives_what_matters_more():
-    def steep(network, batches):
+    def steep(network, batches, task):
         """Kernel k of a layer counts 2^-k."""
         return {layer.name: 2.0 ** -np.arange(layer.c_out) for layer in network.layers}
 
@@ -475,7 +475,7 @@ def test_a_partner_by_importance_gives_what_matters_more():
     # 4 + 7.5 - k bits, to the next whole number, then to the next width below
     assert policy.weight_bits["layer1.0.conv1"].tolist() == [8, 8, 8, 8, 8, 6, 6, 4, 4, 2, 2, 1, 1, 1, 1, 1]
 
-    def flat(network, batches):
+    def flat(network, batches, task):
         scores = {layer.name: np.ones(layer.c_out) for layer in network.layers}
         scores["layer2.0.conv1"] = np.repeat((0.01, 1.99), len(scores["layer2.0.conv1"]) // 2)
         return scores
@@ -487,7 +487,7 @@ def test_a_partner_by_importance_gives_what_matters_more():
     pruned = env.draft.sparsity
     at = int(network.space_of[network["layer2.0.conv1"].writes[0]])
     assert pruned[at] == 0.5 and {value for space, value in pruned.items() if space != at} == {0.0}
-    silent = problem(importance=lambda network, batches: {lay.name: np.zeros(lay.c_out) for lay in network.layers})
+    silent = problem(importance=lambda network, batches, task: {lay.name: np.zeros(lay.c_out) for lay in network.layers})
     for controls in ("layer", "channel"):
         assert played(CompressionEnv(silent, controls, ByImportance()))[1][-1]["score"].within
 

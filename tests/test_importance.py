@@ -20,7 +20,7 @@ from ajpq.models import digits_cnn
 from ajpq.network import Network
 from ajpq.policy import CompressionPolicy
 from ajpq.problem import Problem
-from ajpq.scoring.task import each
+from ajpq.scoring.setting import each
 from ajpq.space import Choices, SearchSpace
 from ajpq.tracing import trace
 from ajpq.training import accuracy, fit, recalibrate

@@ -133,7 +133,7 @@ def test_a_cost_model_of_the_users_own_binds_and_is_reported():
 def test_a_reward_and_an_importance_of_the_users_own():
     network = network_of("digits_cnn")
 
-    def backwards(network, batches):
+    def backwards(network, batches, task):
         return {layer.name: -np.arange(layer.c_out, dtype=float) + layer.c_out for layer in network.layers}
 
     problem = problem_of(

@@ -9,7 +9,7 @@ from ajpq.calibration import calibrate
 from ajpq.problem import Problem
 from ajpq.scoring.local import Local
 from ajpq.scoring.racing import LOOKS, hopeless
-from ajpq.scoring.task import Measured, Task
+from ajpq.scoring.setting import Measured, Setting
 
 
 def gives_up(right: np.ndarray, best: int, risk: float) -> int:
@@ -46,8 +46,8 @@ def test_what_cannot_be_reached_any_more_needs_no_probability():
 def test_the_evaluator_gives_up_on_a_sample_or_sees_every_image():
     network = network_of("digits_cnn")
     data, search = batches_of(network, 2, 16), batches_of(network, 40, 25, seed=3)
-    task, policy = Task(network, calibrate(network, data), [], search), random_policy(network, 0, 0.2, (8,), (8,))
-    evaluator, whole = Local(task, risk=0.01), Local(task).measure(policy)
+    setting, policy = Setting(network, calibrate(network, data), [], search), random_policy(network, 0, 0.2, (8,), (8,))
+    evaluator, whole = Local(setting, risk=0.01), Local(setting).measure(policy)
     assert whole.whole and whole.images == 1000 and 0 < whole.accuracy < 0.3
     seen = evaluator.measure(policy)
     assert seen == evaluator.measure(policy, whole.accuracy - 0.05) and (seen.accuracy, seen.images) == (
@@ -57,7 +57,7 @@ def test_the_evaluator_gives_up_on_a_sample_or_sees_every_image():
     assert seen.whole and seen.divergence == pytest.approx(whole.divergence, abs=1e-6)
     early = evaluator.measure(policy, floor=0.9)
     assert not early.whole and early.images == 125 and abs(early.accuracy - whole.accuracy) < 0.15
-    assert Local(task).measure(policy, floor=0.9) == whole
+    assert Local(setting).measure(policy, floor=0.9) == whole
     labels = torch.cat([y for _, y in evaluator.batches])
     assert torch.equal(labels.sort()[0], torch.cat([y for _, y in search]).sort()[0])
     assert not torch.equal(labels, torch.cat([y for _, y in search]))
@@ -72,7 +72,7 @@ def test_a_policy_that_was_given_up_is_never_the_result():
         floors.append(floor)
         yield from ((i, next(told)) for i in range(len(policies)))
 
-    problem = Problem(network, batches_of(network), [], {"size": 0.5}, evaluator=lambda task: evaluator)
+    problem = Problem(network, batches_of(network), [], {"size": 0.5}, evaluator=lambda setting: evaluator)
     policies = [problem.space.homogeneous(width) for width in (2, 3, 4)]
     scores = [problem.score(policy) for policy in policies]
     assert floors == [None, 0.5, 0.5] and [s.whole for s in scores] == [True, False, True]
@@ -83,7 +83,7 @@ def test_a_policy_that_was_given_up_is_never_the_result():
         [],
         {"size": 0.5},
         reward=lambda m, r: -m.accuracy,
-        evaluator=lambda task: evaluator,
+        evaluator=lambda setting: evaluator,
     )
     told = iter([Measured(0.5, 100)] * 2)
     other.score(policies[0]), other.score(policies[1])

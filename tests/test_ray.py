@@ -20,14 +20,14 @@ from ajpq.policy import CompressionPolicy
 from ajpq.scoring import connection
 from ajpq.scoring.cluster import Ray
 from ajpq.scoring.local import Local
-from ajpq.scoring.task import Measured, Task
+from ajpq.scoring.setting import Measured, Setting
 
 
 @pytest.fixture(scope="module")
-def task() -> Task:
+def setting() -> Setting:
     network = network_of("digits_cnn")
     batches = batches_of(network, 2)
-    return Task(network, calibrate(network, batches), batches, batches_of(network, 3, seed=1))
+    return Setting(network, calibrate(network, batches), batches, batches_of(network, 3, seed=1))
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +47,9 @@ def cluster() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def slow(cluster: None, task: Task) -> Iterator[Ray]:
+def slow(cluster: None, setting: Setting) -> Iterator[Ray]:
     """Two actors that take 20 ms for a policy."""
-    evaluator = Ray(task, workers=2, evaluator=MeanWidth, seconds=0.02)
+    evaluator = Ray(setting, workers=2, evaluator=MeanWidth, seconds=0.02)
     yield evaluator
     evaluator.close()
 
@@ -77,11 +77,11 @@ def workers_of(evaluator: Ray, policies: list[CompressionPolicy], wanted: int) -
     raise AssertionError(f"{len(found)} actors at work, {wanted} wanted")
 
 
-def test_one_worker_two_workers_and_no_ray_say_the_same(cluster, task, policies):
-    expected = dict(Local(task, workers=1)(policies))
+def test_one_worker_two_workers_and_no_ray_say_the_same(cluster, setting, policies):
+    expected = dict(Local(setting, workers=1)(policies))
     assert len({measured.accuracy for measured in expected.values()}) > 3
     for workers in (1, 2):
-        evaluator = Ray(task, workers=workers)
+        evaluator = Ray(setting, workers=workers)
         answers = list(evaluator(policies))
         assert [i for i, _ in answers] == list(range(len(policies)))
         assert dict(answers) == expected
@@ -114,10 +114,10 @@ def test_a_killed_actor_is_replaced_and_nothing_is_lost(slow, policies):
     assert killed in before and killed not in after and len(after & before) == 1
 
 
-def test_errors_keep_their_type_and_a_policy_that_kills_every_actor_is_one(cluster, task, policies, tmp_path):
+def test_errors_keep_their_type_and_a_policy_that_kills_every_actor_is_one(cluster, setting, policies, tmp_path):
     log = tmp_path / "log"
     faulty, deadly = (policies[i].mean_bits() for i in (2, 3))
-    evaluator = Ray(task, workers=1, evaluator=MeanWidth, log=str(log), faulty=faulty, deadly=deadly)
+    evaluator = Ray(setting, workers=1, evaluator=MeanWidth, log=str(log), faulty=faulty, deadly=deadly)
     with pytest.raises(Marked, match=f"^{faulty} bits$") as caught:
         list(evaluator([policies[2]]))
     assert type(caught.value) is Marked and log.read_text() == "x"  # not tried again
@@ -130,14 +130,14 @@ def test_errors_keep_their_type_and_a_policy_that_kills_every_actor_is_one(clust
     evaluator.close()
 
 
-def test_an_error_of_loading_keeps_its_type(cluster, task, policies):
-    evaluator = Ray(task, workers=1, evaluator=MeanWidth, broken=True)
-    with pytest.raises(AjpqError, match="^the task must load, but it is broken; mend it$"):
+def test_an_error_of_loading_keeps_its_type(cluster, setting, policies):
+    evaluator = Ray(setting, workers=1, evaluator=MeanWidth, broken=True)
+    with pytest.raises(AjpqError, match="^the setting must load, but it is broken; mend it$"):
         list(evaluator(policies))
     evaluator.close()
 
 
-def test_the_task_is_stored_once_and_travels_by_reference(cluster, task, policies, monkeypatch):
+def test_the_task_is_stored_once_and_travels_by_reference(cluster, setting, policies, monkeypatch):
     ray, stored = connection.ray_package(), []
 
     def put(value):
@@ -146,65 +146,65 @@ def test_the_task_is_stored_once_and_travels_by_reference(cluster, task, policie
 
     original = ray.put
     monkeypatch.setattr(ray, "put", put)
-    evaluator = Ray(task, workers=2, evaluator=MeanWidth)
+    evaluator = Ray(setting, workers=2, evaluator=MeanWidth)
     _, sent = pickle.loads(*stored)
     assert isinstance(sent.search_data, list) and len(sent.search_data) == 3
-    assert sent.network.module.code == task.network.module.code
+    assert sent.network.module.code == setting.network.module.code
     assert isinstance(evaluator._parts, ray.ObjectRef)
     evaluator.close()
 
 
-def test_only_who_connected_ends_the_connection(cluster, task, policies, slow, monkeypatch):
+def test_only_who_connected_ends_the_connection(cluster, setting, policies, slow, monkeypatch):
     ray = connection.ray_package()
-    first = Ray(task, workers=1, evaluator=MeanWidth)
+    first = Ray(setting, workers=1, evaluator=MeanWidth)
     first.close()
     first.close()
     with pytest.raises(AjpqError, match="closed"):
         next(first(policies))
     monkeypatch.setattr(connection, "_holders", 0)  # as if the user had connected
-    Ray(task, workers=1, evaluator=MeanWidth).close()
+    Ray(setting, workers=1, evaluator=MeanWidth).close()
     assert ray.is_initialized() and connection._holders == 0
     monkeypatch.undo()
     assert accuracies(list(slow(policies[:4]))) == widths(policies[:4])
 
 
-def test_a_cluster_without_room_is_one_sentence(cluster, task):
+def test_a_cluster_without_room_is_one_sentence(cluster, setting):
     with pytest.raises(AjpqError, match="an actor of 5 CPUs and 0 GPUs, but it has 4 and"):
-        Ray(task, threads=5, evaluator=MeanWidth)
+        Ray(setting, threads=5, evaluator=MeanWidth)
 
 
-def test_a_cluster_that_is_full_is_one_sentence(cluster, task, policies, monkeypatch):
+def test_a_cluster_that_is_full_is_one_sentence(cluster, setting, policies, monkeypatch):
     monkeypatch.setattr("ajpq.scoring.cluster.PATIENCE", 0.5)
     with pytest.raises(AjpqError, match="must find room within 0 s, but"):
-        list(Ray(task, workers=1, threads=5, evaluator=MeanWidth)(policies))
+        list(Ray(setting, workers=1, threads=5, evaluator=MeanWidth)(policies))
 
 
 @pytest.mark.parametrize("name", ["workers", "threads"])
-def test_counts_are_positive(task, name):
+def test_counts_are_positive(setting, name):
     with pytest.raises(AjpqError, match=f"`{name} >= 1` must hold for evaluator=ray, but {name}=0"):
-        Ray(task, **{name: 0})
+        Ray(setting, **{name: 0})
 
 
-def test_what_does_not_pickle_is_one_sentence(task):
+def test_what_does_not_pickle_is_one_sentence(setting):
     pytest.importorskip("ray")
     with pytest.raises(AjpqError, match="must pickle, but cannot pickle '_thread.lock' object; keep"):
-        Ray(task, evaluator=MeanWidth, log=threading.Lock())
+        Ray(setting, evaluator=MeanWidth, log=threading.Lock())
 
 
-def test_without_ray_the_way_out_is_named(task, monkeypatch):
+def test_without_ray_the_way_out_is_named(setting, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(AjpqError, match=r"^evaluator=ray must find the package Ray.*; pip install ajpq\[ray\]$"):
-        Ray(task)
+        Ray(setting)
 
 
 MODULE = """
 import os
 import time
-from ajpq.scoring.task import Measured
+from ajpq.scoring.setting import Measured
 
 class Mine:
-    def __init__(self, task):
-        self.images = sum(len(y) for _, y in task.search_data)
+    def __init__(self, setting):
+        self.images = sum(len(y) for _, y in setting.search_data)
 
     def __call__(self, policies, floor=None):
         for i, _ in enumerate(policies):
@@ -220,7 +220,7 @@ from ajpq.calibration import calibrate
 from ajpq.errors import AjpqError
 from ajpq.policy import CompressionPolicy
 from ajpq.scoring.cluster import Ray
-from ajpq.scoring.task import Task
+from ajpq.scoring.setting import Setting
 from ajpq.tracing import trace
 
 class Mean(nn.Module):
@@ -230,13 +230,13 @@ class Mean(nn.Module):
 if __name__ == "__main__":
     net = trace(nn.Sequential(nn.Conv2d(1, 4, 3), Mean(), nn.Linear(4, 2)), torch.randn(2, 1, 6, 6))
     batches = [(torch.randn(7, 1, 6, 6), torch.arange(7) % 2)]
-    task = Task(net, calibrate(net, batches), [], batches)
+    setting = Setting(net, calibrate(net, batches), [], batches)
     policy = CompressionPolicy.homogeneous(net, 4, 8)
     try:
-        Ray(task, address="127.0.0.1:9")
+        Ray(setting, address="127.0.0.1:9")
     except AjpqError as error:
         print(error)
-    evaluator = Ray(task, workers=1, evaluator=Mine)
+    evaluator = Ray(setting, workers=1, evaluator=Mine)
     print([m.images for _, m in evaluator([policy] * 2)])
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     start = time.monotonic()

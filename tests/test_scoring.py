@@ -32,16 +32,16 @@ from ajpq.scoring.fusion import Unfit
 from ajpq.scoring.kernels import Floats, Grid, Int8, Int8Conv, LayerWeights, integers_are_exact
 from ajpq.scoring.local import Local
 from ajpq.scoring.reference import Reference
-from ajpq.scoring.task import Task
+from ajpq.scoring.setting import Setting
 from ajpq.tracing import trace
 from ajpq.training import recalibrate
 
 NEEDS_INT8 = pytest.mark.skipif(not integers_are_exact(), reason="this processor does not convolve bytes exactly")
 
 
-def task_of(network: Network, norms: bool = True, batches: int = 2, size: int = 4) -> Task:
+def setting_of(network: Network, norms: bool = True, batches: int = 2, size: int = 4) -> Setting:
     data = batches_of(network, 2, size)
-    return Task(network, calibrate(network, data), data if norms else [], batches_of(network, batches, size, seed=5))
+    return Setting(network, calibrate(network, data), data if norms else [], batches_of(network, batches, size, seed=5))
 
 
 def double(batches: list) -> list:
@@ -62,14 +62,14 @@ def check_equal(network: Network, seed: int) -> None:
     """Float32 where nothing is rounded on the way; with rounded activations and fresh norms in float64, because one
     code that tips over at the last bit is a whole step."""
     widths = (1, 3, 4, 8, 32)
-    task, policy = task_of(network), random_policy(network, seed, 0.4, widths)
-    found = Local(replace(task, norm_data=[]), workers=1, arithmetic="float32").logits(policy)
-    assert error(found, outputs(masked(network, policy), task.search_data)) <= 1e-5
+    setting, policy = setting_of(network), random_policy(network, seed, 0.4, widths)
+    found = Local(replace(setting, norm_data=[]), workers=1, arithmetic="float32").logits(policy)
+    assert error(found, outputs(masked(network, policy), setting.search_data)) <= 1e-5
     policy = random_policy(network, seed, 0.4, widths, act_bits=(2, 4, 8, 32))
-    reference = masked(network, policy, task.calibration, torch.float64)
-    recalibrate(reference, double(task.norm_data))
-    found = Local(task, workers=1, arithmetic="float64").logits(policy)
-    assert error(found, outputs(reference, double(task.search_data))) <= 1e-9
+    reference = masked(network, policy, setting.calibration, torch.float64)
+    recalibrate(reference, double(setting.norm_data))
+    found = Local(setting, workers=1, arithmetic="float64").logits(policy)
+    assert error(found, outputs(reference, double(setting.search_data))) <= 1e-9
 
 
 @pytest.mark.parametrize("name", ("digits_cnn", "resnet20", *TORCHVISION))
@@ -124,12 +124,12 @@ def test_integer_convolutions_are_exact(c_in, c_out, kernel, geometry, signed):
 @pytest.mark.parametrize("name", ("digits_cnn", "resnet20", "mobilenet_v2", "shufflenet_v2_x0_5", "densenet121"))
 def test_every_integer_step_equals_the_float_step_on_the_same_input(name):
     network = network_of(name)
-    task = task_of(network)
+    setting = setting_of(network)
     policy = random_policy(network, 1, 0.3, widths=(1, 2, 3, 4, 8), act_bits=(3, 8))
-    engines = [Engine(task, arithmetic, 0) for arithmetic in (Int8(), Floats(torch.float64))]
+    engines = [Engine(setting, arithmetic, 0) for arithmetic in (Int8(), Floats(torch.float64))]
     fast, slow = (engine.program(policy) for engine in engines)
     twins = {step.out: step for step in slow.steps}
-    values, checked = {fast.input: engines[0].ready(task.search_data[0][0])}, 0
+    values, checked = {fast.input: engines[0].ready(setting.search_data[0][0])}, 0
     with torch.inference_mode():
         for step in fast.steps:
             read = [values[name] for name in step.reads]
@@ -170,28 +170,28 @@ def mutations(network: Network, count: int, seed: int = 0) -> list[CompressionPo
 @pytest.mark.parametrize("name", ("digits_cnn", "resnet20", "shufflenet_v2_x0_5"))
 def test_scores_do_not_depend_on_what_was_kept_or_on_workers(name):
     network = network_of(name)
-    task = task_of(network, batches=3)
+    setting = setting_of(network, batches=3)
     policies = mutations(network, 8)
-    alone = [Local(task, workers=1, cache_bytes=0).logits(policy) for policy in policies]
+    alone = [Local(setting, workers=1, cache_bytes=0).logits(policy) for policy in policies]
     for capacity, workers in ((2**30, 1), (2**19, 3), (2**15, 2)):
-        evaluator = Local(task, workers=workers)
+        evaluator = Local(setting, workers=workers)
         evaluator.engine.shelf.limit(capacity)
         for _ in range(2):
             for policy, right in zip(policies, alone, strict=True):
                 assert torch.equal(evaluator.logits(policy), right)
                 assert evaluator.engine.shelf.held <= capacity
-    evaluator = Local(task, workers=1)
+    evaluator = Local(setting, workers=1)
     together = dict(evaluator(policies))
     assert [together[i] for i in range(9)] == [evaluator.measure(policy) for policy in policies]
 
 
 def test_scores_do_not_depend_on_the_threads_of_torch():
     network, before = network_of("digits_cnn"), torch.get_num_threads()
-    task, policies, found = task_of(network, batches=3), mutations(network, 4), []
+    setting, policies, found = setting_of(network, batches=3), mutations(network, 4), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            evaluator = Local(task, workers=2)
+            evaluator = Local(setting, workers=2)
             found.append([evaluator.logits(policy) for policy in policies])
             assert torch.get_num_threads() == threads
             assert set(evaluator._each(lambda _: torch.get_num_threads(), range(8))) == {1}
@@ -202,7 +202,7 @@ def test_scores_do_not_depend_on_the_threads_of_torch():
 
 def test_a_known_prefix_is_not_run_again():
     network = network_of("resnet20")
-    evaluator = Local(task_of(network), workers=1)
+    evaluator = Local(setting_of(network), workers=1)
     first = random_policy(network, 0, 0.3, (2, 4), (8,))
     last = CompressionPolicy({**first.weight_bits, "linear": np.full(10, 8, np.uint8)}, first.act_bits)
     evaluator.measure(first)
@@ -219,8 +219,8 @@ def test_a_known_prefix_is_not_run_again():
 def test_the_network_is_left_as_it_was():
     network = network_of("resnet20")
     before, modes = copy.deepcopy(network.module.state_dict()), [m.training for m in network.module.modules()]
-    task = task_of(network)
-    Local(task, workers=2).measure(random_policy(network, 0, 0.4, (2, 8), (8,)))
+    setting = setting_of(network)
+    Local(setting, workers=2).measure(random_policy(network, 0, 0.4, (2, 8), (8,)))
     assert all(torch.equal(before[name], tensor) for name, tensor in network.module.state_dict().items())
     assert modes == [m.training for m in network.module.modules()]
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.module.modules())
@@ -228,7 +228,7 @@ def test_the_network_is_left_as_it_was():
 
 def test_threads_of_torch_are_left_as_they_were():
     before = torch.get_num_threads()
-    Local(task_of(network_of("digits_cnn")), workers=3).measure(random_policy(network_of("digits_cnn"), 0))
+    Local(setting_of(network_of("digits_cnn")), workers=3).measure(random_policy(network_of("digits_cnn"), 0))
     assert torch.get_num_threads() == before
 
 
@@ -242,11 +242,11 @@ def test_a_network_that_writes_into_what_it_reads_again_is_measured_by_the_refer
         return m.l((m.b(z) + y).mean((2, 3)))
 
     network = traced(run, a=conv(3, 6), b=conv(6, 6), l=nn.Linear(6, 10))
-    task, policy = task_of(network, size=16), random_policy(network, 0, 0.2, (4, 8), (8,))
-    evaluator = Local(task, workers=1)
+    setting, policy = setting_of(network, size=16), random_policy(network, 0, 0.2, (4, 8), (8,))
+    evaluator = Local(setting, workers=1)
     with pytest.raises(Unfit):
         evaluator.engine.program(policy)
-    assert evaluator.measure(policy).accuracy == Reference(task).measure(policy).accuracy
+    assert evaluator.measure(policy).accuracy == Reference(setting).measure(policy).accuracy
     assert evaluator.measure(policy).images == 32
 
 
@@ -259,39 +259,39 @@ def test_norms_that_are_called_twice_or_see_one_value_per_image():
 
 
 def test_bad_settings_are_one_sentence(monkeypatch):
-    task = task_of(network_of("digits_cnn"))
+    setting = setting_of(network_of("digits_cnn"))
     with pytest.raises(AjpqError, match="workers >= 1"):
-        Local(task, workers=0)
+        Local(setting, workers=0)
     with pytest.raises(AjpqError, match="risk"):
-        Local(task, risk=1.0)
+        Local(setting, risk=1.0)
     with pytest.raises(AjpqError, match="must be one of auto, int8"):
-        Local(task, arithmetic="int4")
+        Local(setting, arithmetic="int4")
     with pytest.raises(AjpqError, match="at least one image"):
-        Local(Task(task.network, task.calibration, [], []))
+        Local(Setting(setting.network, setting.calibration, [], []))
     if not torch.cuda.is_available():
         with pytest.raises(AjpqError, match="'cuda' is not there"):
-            Local(task, device="cuda")
+            Local(setting, device="cuda")
     monkeypatch.setattr(local, "integers_are_exact", lambda: False)
-    assert type(Local(task).engine.arithmetic) is Floats
+    assert type(Local(setting).engine.arithmetic) is Floats
     with pytest.raises(AjpqError, match="arithmetic=int8 must be exact"):
-        Local(task, arithmetic="int8")
+        Local(setting, arithmetic="int8")
 
 
 def test_bfloat16_is_checked_against_the_exact_score(monkeypatch):
-    task = task_of(network_of("digits_cnn"), size=32)
-    policy = random_policy(task.network, 0, 0.2, (8,), (8,))
+    setting = setting_of(network_of("digits_cnn"), size=32)
+    policy = random_policy(setting.network, 0, 0.2, (8,), (8,))
     monkeypatch.setattr(local, "TOLERANCE", 1.0)
-    rounded = Local(task, arithmetic="bfloat16").logits(policy)
-    exact = Local(task).logits(policy)
+    rounded = Local(setting, arithmetic="bfloat16").logits(policy)
+    exact = Local(setting).logits(policy)
     assert rounded.dtype == torch.float32 and 0 < error(rounded, exact) < 0.2
     monkeypatch.setattr(local, "TOLERANCE", -1.0)
     with pytest.raises(AjpqError, match="arithmetic=bfloat16 must keep accuracies within"):
-        Local(task, arithmetic="bfloat16")
+        Local(setting, arithmetic="bfloat16")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ("digits_cnn", "resnet20"))
 def test_cuda_computes_the_same(name):
-    task = task_of(network_of(name))
-    policy = random_policy(task.network, 0, 0.3)
-    assert error(Local(task, device="cuda").logits(policy).cpu(), Local(task).logits(policy)) <= 1e-4
+    setting = setting_of(network_of(name))
+    policy = random_policy(setting.network, 0, 0.3)
+    assert error(Local(setting, device="cuda").logits(policy).cpu(), Local(setting).logits(policy)) <= 1e-4

@@ -18,7 +18,7 @@ from ajpq.errors import AjpqError
 from ajpq.explain import CONF
 from ajpq.policy import CompressionPolicy
 from ajpq.problem import Problem
-from ajpq.scoring.task import Measured
+from ajpq.scoring.setting import Measured
 from ajpq.space import Choices
 from envs.compression import CompressionEnv
 from envs.partners import Homogeneous, constant

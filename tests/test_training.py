@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from ajpq.data import digits
 from ajpq.errors import AjpqError
 from ajpq.models import digits_cnn
+from ajpq.tasks import Classification
 from ajpq.training import accuracy, fit, recalibrate
 
 
@@ -172,7 +173,9 @@ def test_clip_grad_bounds_the_whole_step():
 
 
 def test_label_smoothing_reaches_the_loss():
-    rows = [fit(linear(), toy(), epochs=1, lr=0.1, label_smoothing=s)[0]["loss"] for s in (0.0, 0.3)]
+    rows = [
+        fit(linear(), toy(), epochs=1, lr=0.1, task=Classification(label_smoothing=s))[0]["loss"] for s in (0.0, 0.3)
+    ]
     (x, y), model = toy()[0], linear()
     assert rows == pytest.approx([F.cross_entropy(model(x), y, label_smoothing=s).item() for s in (0.0, 0.3)])
 

@@ -15,7 +15,7 @@ from typing import Any
 from ajpq.errors import AjpqError
 from ajpq.policy import CompressionPolicy
 from ajpq.scoring.connection import connect, disconnect, first_sentence, ray_package
-from ajpq.scoring.task import Evaluator, Measured, Task
+from ajpq.scoring.setting import Evaluator, Measured, Setting
 
 RUN = 16  # policies sent to an actor at once, at most
 LIVES = 3  # actors that one policy may end
@@ -29,23 +29,23 @@ class Ray:
     in one actor; runs become shorter towards the end, so that no actor waits long. An actor that dies is replaced and
     its policies are measured again. What an evaluator raises is raised here.
 
-    task: sent once, to Ray's object store, with its batches as lists
+    setting: sent once, to Ray's object store, with its batches as lists
     workers: actors; None = as many as the cluster has room for
     address: of a running cluster, "auto" for the one of this machine; None = a new one on this machine, which ends with
         the last evaluator that uses it; not asked for where this process is connected to a cluster
     threads, gpus: CPUs and GPUs that an actor takes; a part of a GPU will do
-    evaluator: (task, **options) -> what an actor runs; None = `ajpq.scoring.local.Local` with `threads` workers
+    evaluator: (setting, **options) -> what an actor runs; None = `ajpq.scoring.local.Local` with `threads` workers
     options: of that evaluator; what it says of a policy must depend on the policy and the floor alone
-    Raises AjpqError if Ray is not installed, the cluster is not there or too small, or the task does not pickle.
+    Raises AjpqError if Ray is not installed, the cluster is not there or too small, or the setting does not pickle.
     """
 
     def __init__(
-        self, task: Task, *, workers: int | None = None, address: str | None = None, threads: int = 1, gpus: float = 0,
-        evaluator: Callable[..., Evaluator] | None = None, **options: Any,
+        self, setting: Setting, *, workers: int | None = None, address: str | None = None, threads: int = 1,
+        gpus: float = 0, evaluator: Callable[..., Evaluator] | None = None, **options: Any,
     ) -> None:  # fmt: skip
         self.check(workers=workers, threads=threads, evaluator=evaluator, **options)
         make = partial(_local, workers=threads, **options) if evaluator is None else partial(evaluator, **options)
-        self._ray, parts = ray_package(), _pickled(make, task)
+        self._ray, parts = ray_package(), _pickled(make, setting)
         ours = connect(address, workers and workers * threads)
         self._actors: list[Any] = []
         self._loading: list[Any] = []  # what `load` of every actor answers
@@ -134,7 +134,7 @@ class Ray:
         return ready[0]
 
     def _replace(self, slot: int) -> None:
-        """A new actor at `slot`, at work on loading the task."""
+        """A new actor at `slot`, at work on loading the setting."""
         for actor in self._actors[slot : slot + 1]:
             self._ray.kill(actor)
         actor = self._actor.remote()
@@ -147,7 +147,7 @@ def _count(deaths: Counter, places: tuple[int, ...], death: Exception) -> None:
     for place in places or (None,):
         deaths[place] += 1
         if deaths[place] == LIVES:
-            what = "loading the task" if place is None else f"policy {place}"
+            what = "loading the setting" if place is None else f"policy {place}"
             raise AjpqError(
                 f"an actor of evaluator=ray must outlive its work, but {what} ended {LIVES} actors in a row (the last: "
                 f"{first_sentence(death)}); give fewer workers if memory is short, or use evaluator=local"
@@ -167,8 +167,8 @@ def _actor_class() -> type:
             import torch
 
             torch.set_num_threads(threads)
-            make, task = pickle.loads(parts)
-            self.evaluate = make(task)
+            make, setting = pickle.loads(parts)
+            self.evaluate = make(setting)
 
         def measure(self, policies: bytes, floor: float | None) -> dict:
             import pickle
@@ -178,16 +178,16 @@ def _actor_class() -> type:
     return Actor
 
 
-def _local(task: Task, **options: Any) -> Evaluator:
+def _local(setting: Setting, **options: Any) -> Evaluator:
     from ajpq.scoring.local import Local
 
-    return Local(task, **options)
+    return Local(setting, **options)
 
 
-def _pickled(make: Callable[[Task], Evaluator], task: Task) -> bytes:
+def _pickled(make: Callable[[Setting], Evaluator], setting: Setting) -> bytes:
     from ray import cloudpickle
 
-    whole = replace(task, norm_data=list(task.norm_data), search_data=list(task.search_data))
+    whole = replace(setting, norm_data=list(setting.norm_data), search_data=list(setting.search_data))
     try:
         return cloudpickle.dumps((make, whole))
     except Exception as error:  # whatever an object's own reduction raises

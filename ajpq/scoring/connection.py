@@ -13,7 +13,7 @@ from ajpq.errors import AjpqError
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent to Ray's makers
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # actors without a GPU of their own still see those of the machine
-    "RAY_DEDUP_LOGS_SKIP_REGEX": "A worker died or was killed while executing a task",  # it is replaced
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "A worker died or was killed while executing a setting",  # it is replaced
 }
 _holders = 0  # evaluators that use the connection that we made
 

@@ -18,8 +18,8 @@ from ajpq.policy import CompressionPolicy
 from ajpq.scoring.fusion import Skeleton, skeleton
 from ajpq.scoring.kernels import Floats
 from ajpq.scoring.program import Builder, Program
+from ajpq.scoring.setting import Setting
 from ajpq.scoring.shelf import Shelf, size_of
-from ajpq.scoring.task import Task
 from ajpq.surgery import smaller_graph
 
 SKELETONS, STATISTICS = 64, 20_000  # kept of the latest
@@ -29,16 +29,16 @@ Each = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]  # `map`, 
 
 
 class Engine:
-    """What all candidates of one task share: weights at every width, graphs, activations, norm statistics."""
+    """What all candidates of one setting share: weights at every width, graphs, activations, norm statistics."""
 
-    def __init__(self, task: Task, arithmetic: Floats, cache_bytes: int) -> None:
-        self.network, self.calibration, self.arithmetic = task.network, task.calibration, arithmetic
-        self.bank, self.shelf = WeightBank(task.network), Shelf(cache_bytes)
+    def __init__(self, setting: Setting, arithmetic: Floats, cache_bytes: int) -> None:
+        self.network, self.calibration, self.arithmetic = setting.network, setting.calibration, arithmetic
+        self.bank, self.shelf = WeightBank(setting.network), Shelf(cache_bytes)
         self.in_flight = 0  # most bytes of activations that one batch has needed at once
-        self.norm_data = [self.ready(x) for x, *_ in task.norm_data]
+        self.norm_data = [self.ready(x) for x, *_ in setting.norm_data]
         self._skeletons: OrderedDict[bytes, Skeleton] = OrderedDict()
         self._statistics: OrderedDict[bytes, tuple[Tensor, ...]] = OrderedDict()
-        self.goals = self._goals(task) if task.correction == "least_squares" else {}
+        self.goals = self._goals(setting) if setting.correction == "least_squares" else {}
         self.modules = {
             name: module if not _has_tensors(module) else copy.deepcopy(module).to(arithmetic.device, arithmetic.dtype)
             for name, module in self._other_modules().items()
@@ -52,16 +52,16 @@ class Engine:
                 found[str(node.target)] = module
         return found
 
-    def _goals(self, task: Task) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    def _goals(self, setting: Setting) -> dict[str, list[tuple[Tensor, Tensor]]]:
         """Of every batch-norm that can be matched and every batch of `norm_data`: what the original puts out, thinned
         so that all together need no more than GOAL_BYTES, and its means (C,)."""
-        original, names = task.original or task.network, matched(task.network)
+        original, names = setting.original or setting.network, matched(setting.network)
         found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
         step = 0
-        for x, *_ in task.norm_data:
+        for x, *_ in setting.norm_data:
             batch = outputs(original, names, x)
             if not step:  # the first batch tells how much there will be
-                size = 2 * len(task.norm_data) * sum(z.numel() for z in batch.values())
+                size = 2 * len(setting.norm_data) * sum(z.numel() for z in batch.values())
                 step = max(1, math.ceil((size / GOAL_BYTES) ** 0.5))
             for name, z in batch.items():
                 z = z.to(self.arithmetic.device, self.arithmetic.dtype)

@@ -19,8 +19,9 @@ from ajpq.scoring.kernels import Floats, Int8, integers_are_exact
 from ajpq.scoring.program import Program
 from ajpq.scoring.racing import LOOKS, hopeless
 from ajpq.scoring.reference import Reference
-from ajpq.scoring.tally import Tally, log_probabilities, summed, tally
-from ajpq.scoring.task import Measured, Task
+from ajpq.scoring.setting import Measured, Setting
+from ajpq.scoring.tally import Tally, exact, summed, tally
+from ajpq.tasks import is_binary
 
 ARITHMETICS = ("auto", "int8", "float32", "float64", "bfloat16")
 TOLERANCE = 0.005  # of accuracy, for bfloat16
@@ -41,21 +42,26 @@ class Local:
     """
 
     def __init__(
-        self, task: Task, *, workers: int | None = None, cache_bytes: int = 2**30, arithmetic: str = "auto",
+        self, setting: Setting, *, workers: int | None = None, cache_bytes: int = 2**30, arithmetic: str = "auto",
         risk: float = 0.0, device: str = "cpu",
     ) -> None:  # fmt: skip
         self.check(workers=workers, arithmetic=arithmetic, risk=risk, device=device)
         keep_freed_memory()
-        self.task, self.risk, self.cache_bytes = task, risk, cache_bytes
+        self.setting, self.risk, self.cache_bytes = setting, risk, cache_bytes
         self.workers = workers or (torch.get_num_threads() if device == "cpu" else 1)
-        self.engine = Engine(task, _arithmetic(arithmetic, device), _room(cache_bytes))
-        self.batches = [(self.engine.ready(x), y.to(self.engine.arithmetic.device)) for x, y, *_ in task.search_data]
+        self.engine = Engine(setting, _arithmetic(arithmetic, device), _room(cache_bytes))
+        self.batches = [(self.engine.ready(x), y.to(self.engine.arithmetic.device)) for x, y, *_ in setting.search_data]
         if not self.batches:
             raise AjpqError("accuracy needs at least one image, but the search split holds none; check the data")
         if risk:
+            if not is_binary(setting.task):
+                raise AjpqError(
+                    f"candidates can be given up early where every image is right or wrong, but the task measures "
+                    f"{setting.task.metric}; use evaluator.risk=0"
+                )
             self.batches = _shuffled(self.batches)
         self.images = sum(len(y) for _, y in self.batches)
-        self.original = self._log_probabilities_of((task.original or task.network).module)
+        self.original = self._outputs_of((setting.original or setting.network).module)
         self._pool: ThreadPoolExecutor | None = None
         self._reference: Reference | None = None
         if arithmetic == "bfloat16":
@@ -83,13 +89,13 @@ class Local:
         try:
             program = self.engine.program(policy)
         except Unfit:
-            self._reference = self._reference or Reference(self.task)
+            self._reference = self._reference or Reference(self.setting)
             return self._reference.measure(policy)
         self.engine.estimate_norms(program, self._each)
         tallies = []
         for part in self._parts(floor):
             tallies += self._each(lambda b: self._tally(program, b), part)
-            seen, hits = (sum(t[i] for t in tallies) for i in (0, 1))
+            seen, hits = (round(sum(t[i] for t in tallies)) for i in (0, 1))
             if seen < self.images and hopeless(hits, seen, round(floor * self.images), self.images, self.risk):
                 return summed(tallies, whole=False)
         self.engine.shelf.remember(step.key for step in program.steps)
@@ -112,12 +118,12 @@ class Local:
 
     def _tally(self, program: Program, batch: int) -> Tally:
         x, y = self.batches[batch]
-        return tally(self.engine.logits(program, x, batch), y, self.original[batch])
+        return tally(self.setting.task, self.engine.logits(program, x, batch), y, self.original[batch])
 
-    def _log_probabilities_of(self, module: nn.Module) -> list[Tensor]:
+    def _outputs_of(self, module: nn.Module) -> list[Tensor]:
         """Of the uncompressed network, per batch; in float32, so that every arithmetic compares to the same."""
         with torch.inference_mode():
-            return [log_probabilities(module(x.to("cpu", torch.float32).contiguous())) for x, _ in self.batches]
+            return [exact(module(x.to("cpu", torch.float32).contiguous())) for x, _ in self.batches]
 
     def _parts(self, floor: float | None) -> list[range]:
         """Numbers of batches, in the slices after which a candidate may be given up."""
@@ -134,9 +140,9 @@ class Local:
         return list(self._pool.map(function, items))
 
     def _check_rounding(self, device: str) -> None:
-        exact = Local(self.task, workers=self.workers, cache_bytes=0, device=device)
+        exact = Local(self.setting, workers=self.workers, cache_bytes=0, device=device)
         for bits in (8, 4):
-            policy = CompressionPolicy.homogeneous(self.task.network, bits, 8)
+            policy = CompressionPolicy.homogeneous(self.setting.network, bits, 8)
             rounded, right = self.measure(policy).accuracy, exact.measure(policy).accuracy
             if abs(rounded - right) > TOLERANCE:
                 raise AjpqError(

@@ -11,28 +11,28 @@ from ajpq.bank import WeightBank
 from ajpq.compression import compress
 from ajpq.correction import correct
 from ajpq.policy import CompressionPolicy
-from ajpq.scoring.tally import log_probabilities, summed, tally
-from ajpq.scoring.task import Measured, Task
+from ajpq.scoring.setting import Measured, Setting
+from ajpq.scoring.tally import exact, summed, tally
 
 
 class Reference:
     """Builds the very module that would be fine-tuned and shipped, re-estimates its batch-norms, runs it in float32."""
 
-    def __init__(self, task: Task) -> None:
-        self.task, self.bank = task, WeightBank(task.network)
-        self._original: list[Tensor] | None = None  # log-probabilities of the uncompressed network, per batch
+    def __init__(self, setting: Setting) -> None:
+        self.setting, self.bank = setting, WeightBank(setting.network)
+        self._original: list[Tensor] | None = None  # outputs of the uncompressed network, per batch
 
     def measure(self, policy: CompressionPolicy) -> Measured:
-        original = self.task.original or self.task.network
-        student = compress(self.task.network, policy, self.task.calibration, self.bank)
+        original = self.setting.original or self.setting.network
+        student = compress(self.setting.network, policy, self.setting.calibration, self.bank)
         with torch.no_grad():
-            if self.task.norm_data:
-                correct(student, original, policy, self.task.norm_data, self.task.correction)
+            if self.setting.norm_data:
+                correct(student, original, policy, self.setting.norm_data, self.setting.correction)
             if self._original is None:
-                self._original = [log_probabilities(original.module(x)) for x, *_ in self.task.search_data]
+                self._original = [exact(original.module(x)) for x, *_ in self.setting.search_data]
             return summed(
-                tally(student(x), y, known)
-                for (x, y, *_), known in zip(self.task.search_data, self._original, strict=True)
+                tally(self.setting.task, student(x), y, known)
+                for (x, y, *_), known in zip(self.setting.search_data, self._original, strict=True)
             )
 
     def __call__(

@@ -6,26 +6,25 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from ajpq.scoring.task import Measured
+from ajpq.scoring.setting import Measured
+from ajpq.tasks import Task
 
-Tally = tuple[int, int, float, float]  # images, right ones, and the sums over them of cross-entropy and divergence
-
-
-def log_probabilities(logits: Tensor) -> Tensor:
-    """float64 (N, classes), on the CPU: sums over them do not depend on the number of batches or threads."""
-    return F.log_softmax(logits.detach().to("cpu", torch.float64), dim=1)
+Tally = tuple[int, float, float, float]  # images, and the sums over them of quality, loss and divergence
 
 
-def tally(logits: Tensor, labels: Tensor, original: Tensor) -> Tally:
-    """logits (N, classes), labels (N,), original (N, classes): log-probabilities of the uncompressed network."""
-    found, labels = log_probabilities(logits), labels.cpu()
-    cross_entropy = F.nll_loss(found, labels, reduction="sum")
-    divergence = F.kl_div(found, original, reduction="sum", log_target=True)
-    return len(labels), int((found.argmax(1) == labels).sum()), float(cross_entropy), float(divergence)
+def exact(outputs: Tensor) -> Tensor:
+    """float64, on the CPU: sums over them do not depend on the number of batches or threads."""
+    return outputs.detach().to("cpu", torch.float64)
+
+
+def tally(task: Task, outputs: Tensor, targets: Tensor, original: Tensor) -> Tally:
+    """outputs, original (N, ...), targets (N, ...); original: `exact` outputs of the uncompressed network."""
+    found, targets = exact(outputs), targets.cpu()
+    parts = task.quality(found, targets), task.losses(found, targets), task.divergences(found, original)
+    return len(targets), *(float(part.sum()) for part in parts)
 
 
 def summed(tallies: Iterable[Tally], whole: bool = True) -> Measured:
-    images, hits, cross_entropy, divergence = (sum(column) for column in zip(*tallies, strict=True))
-    return Measured(hits / images, images, whole, cross_entropy / images, divergence / images)
+    images, quality, loss, divergence = (sum(column) for column in zip(*tallies, strict=True))
+    return Measured(quality / images, images, whole, loss / images, divergence / images)

@@ -10,10 +10,11 @@ from ajpq.calibration import Calibration
 from ajpq.data import Batches
 from ajpq.network import Network
 from ajpq.policy import CompressionPolicy
+from ajpq.tasks import CLASSIFICATION, Task
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
+class Setting:
     """Everything that the accuracy of a policy depends on.
 
     calibration: activation ranges of the uncompressed network
@@ -21,6 +22,7 @@ class Task:
     search_data: batches (x, y), split off training, that accuracy is measured on
     original: the network that divergence is measured from; None = `network`, uncompressed
     correction: what is done to batch-norms on `norm_data`, see `ajpq.correction`
+    task: how good, how wrong and how changed outputs are
     """
 
     network: Network
@@ -29,21 +31,22 @@ class Task:
     search_data: Batches
     original: Network | None = None
     correction: str = "statistics"
+    task: Task = CLASSIFICATION
 
 
 @dataclass(frozen=True)
 class Measured:
     """What an evaluator found out about a policy; `whole`: on all images of the search split, not on `images` of them.
 
-    accuracy: a fraction of the images. cross_entropy: mean over the images, in nats. divergence: of Kullback and
-        Leibler, from the class probabilities of the uncompressed network to those of the candidate, mean in nats; None
-        where an evaluator measures accuracy only.
+    Means over the images of what the task says (`ajpq.tasks`): accuracy is its quality (for classification the fraction
+    that is right), loss its loss (cross-entropy, in nats), divergence that from the outputs of the uncompressed network
+    (of Kullback and Leibler, in nats). loss and divergence are None where an evaluator measures accuracy only.
     """
 
     accuracy: float
     images: int
     whole: bool = True
-    cross_entropy: float | None = None
+    loss: float | None = None
     divergence: float | None = None
 
 
@@ -58,7 +61,7 @@ class Evaluator(Protocol):
         """
 
 
-EvaluatorFactory = Callable[[Task], Evaluator]
+EvaluatorFactory = Callable[[Setting], Evaluator]
 
 
 def each(accuracy: Callable[[CompressionPolicy], float]) -> EvaluatorFactory:
@@ -68,4 +71,4 @@ def each(accuracy: Callable[[CompressionPolicy], float]) -> EvaluatorFactory:
         for i, policy in enumerate(policies):
             yield i, Measured(accuracy(policy), 0)
 
-    return lambda task: evaluate
+    return lambda setting: evaluate
