@@ -37,7 +37,7 @@ def test_the_small_problem_is_quick_the_same_every_time_and_worth_a_search():
     assert other.budget.names == ("macs",) and not torch.equal(
         first.network.module.stem.weight, other.network.module.stem.weight
     )
-    labels = next(iter(first.evaluator.task.search_data))[1]
+    labels = next(iter(first.evaluator.setting.search_data))[1]
     assert len(labels.unique()) == 4
     for problem in (first, again, other):
         problem.close()

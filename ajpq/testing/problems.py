@@ -60,8 +60,8 @@ def small_network(seed: int = 0) -> Network:
 
 
 def small_problem(budget: dict[str, float] | None = None, *, seed: int = 0, **options: Any) -> Problem:
-    """A `Problem` on a small network of random weights: 16 images to calibrate, 64 to score, labels as the network
-    itself gives them, so that compression costs accuracy. Made in well below a second.
+    """A `Problem` on a small network of random weights: 16 images to calibrate, 64 to score, 80 to train, labels as the
+    network itself gives them, so that compression costs accuracy. Made in well below a second.
 
     budget: cost name -> fraction; by default {"size": 0.3, "macs": 0.8}. options: of `Problem`; by default all widths
     up to 8 bits in every layer, inputs of 4 or 8 bits, 3 blocks.
@@ -74,7 +74,9 @@ def small_problem(budget: dict[str, float] | None = None, *, seed: int = 0, **op
         with torch.no_grad():
             return [(x, network.module(x).argmax(1))]
 
-    return Problem(network, batch(16), batch(64), budget or {"size": 0.3, "macs": 0.8}, **options)
+    calibration, search = batch(16), batch(64)
+    given = {"train": [batch(16)[0] for _ in range(5)]} | options
+    return Problem(network, calibration, search, budget or {"size": 0.3, "macs": 0.8}, **given)
 
 
 def _local(task: Any) -> Local:
