@@ -41,6 +41,11 @@ def compare() -> int:
     return main("compare", "ajpq.comparing")
 
 
+def variance() -> int:
+    """The command `ajpq-variance`."""
+    return main("variance", "ajpq.varying")
+
+
 def main(config: str = "config", module: str = "ajpq.pipeline") -> int:
     """Run the command on `sys.argv`; returns or exits with 0, 2 (bad input) or 130 (interrupted).
 

@@ -20,6 +20,7 @@ ALLOWED = {
     "ajpq/pipeline.py": {"hydra", "omegaconf"},
     "ajpq/preparing.py": {"hydra", "omegaconf"},
     "ajpq/comparing.py": {"hydra", "omegaconf"},
+    "ajpq/varying.py": {"hydra", "omegaconf"},
     "ajpq/resume.py": {"omegaconf"},
     "ajpq/testing/environments.py": {"gymnasium", "stable_baselines3"},
 }
