@@ -1,5 +1,5 @@
-"""CIFAR-10 on disk: the official Python batches, read without running their pickles, or a folder of images per
-class.
+"""CIFAR-10 and CIFAR-100 on disk: the official Python batches, read without running their pickles, or a folder of
+images per class.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,24 +18,54 @@ from torch import Tensor
 from ajpq.errors import AjpqError
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-CIFAR10_FILES = tuple(f"data_batch_{i}" for i in range(1, 6)), ("test_batch",)
 SUFFIXES = {".jpg", ".jpeg", ".png"}
 
 
 @dataclass(frozen=True)
+class Kind:
+    """What the official batches of a data set look like. train, test: file names. labels: the key of the labels.
+    classes: their number. names: of the classes, or the file and the key that hold them."""
+
+    name: str
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    labels: str
+    classes: int
+    names: tuple[str, ...] | tuple[str, str]
+
+
+CIFAR10 = Kind(
+    "CIFAR-10", tuple(f"data_batch_{i}" for i in range(1, 6)), ("test_batch",), "labels", 10, CIFAR10_CLASSES
+)
+CIFAR100 = Kind("CIFAR-100", ("train",), ("test",), "fine_labels", 100, ("meta", "fine_label_names"))
+
+
+@dataclass(frozen=True)
 class Source:
-    """One part of CIFAR-10 on disk. labels: int64 (N,). read: indices (n,) -> uint8 images (n, 3, 32, 32)."""
+    """One part of the data set on disk. labels: int64 (N,). read: indices (n,) -> uint8 images (n, 3, 32, 32)."""
 
     labels: np.ndarray
     read: Callable[[np.ndarray], Tensor]
 
 
-def open_cifar10(root: Path) -> tuple[Source, Source, tuple[str, ...]]:
+def fetch(kind: Kind, root: Path) -> None:
+    """Have torchvision download the official batches into `root`, unless they are there; AjpqError if it cannot."""
+    from torchvision import datasets
+
+    try:
+        getattr(datasets, kind.name.replace("-", ""))(str(root), download=True)
+    except (OSError, RuntimeError) as error:
+        raise AjpqError(
+            f"{kind.name} must be fetched for data.download=true, but: {error}; fetch it elsewhere and set data.root"
+        ) from error
+
+
+def open_cifar(kind: Kind, root: Path) -> tuple[Source, Source, tuple[str, ...]]:
     """(train, test, classes) of the one data set in `root` or in a folder directly below it."""
     if not root.is_dir():
-        raise AjpqError(f"The CIFAR-10 root must be an existing folder, but {root} is not one: check `data.root`.")
+        raise AjpqError(f"The {kind.name} root must be an existing folder, but {root} is not one: check `data.root`.")
     here = [root, *sorted(p for p in root.iterdir() if p.is_dir())]
-    batches = [p for p in here if any((p / name).is_file() for name in CIFAR10_FILES[0])]
+    batches = [p for p in here if any((p / name).is_file() for name in kind.train)]
     folders = [p for p in here if all((p / part).is_dir() for part in ("train", "test"))]
     found = [root] if root in batches + folders else batches + folders
     if len(found) != 1:
@@ -45,14 +76,15 @@ def open_cifar10(root: Path) -> tuple[Source, Source, tuple[str, ...]]:
             if any(root.iterdir())
             else "is empty"
         )
+        files = f"{kind.train[0]}..{len(kind.train)}" if len(kind.train) > 1 else kind.train[0]
         raise AjpqError(
-            "The CIFAR-10 root must hold one data set, data_batch_1..5 with test_batch or "
+            f"The {kind.name} root must hold one data set, {files} with {kind.test[0]} or "
             "{train,test}/<class>/*.jpg|png, "
             f"but {root} {what}: point `data.root` at the data set's own folder."
         )
     if found[0] in batches:
-        train, test = (_python_batches(found[0], names) for names in CIFAR10_FILES)
-        return train, test, CIFAR10_CLASSES
+        train, test = (_python_batches(found[0], names, kind) for names in (kind.train, kind.test))
+        return train, test, _class_names(found[0], kind)
     (train, classes), (test, test_classes) = (_image_folder(found[0] / part) for part in ("train", "test"))
     if classes != test_classes:
         odd = ", ".join(sorted(set(classes) ^ set(test_classes)))
@@ -103,21 +135,25 @@ def _pixels(path: Path) -> np.ndarray:
     raise AjpqError(f"Every image must be 32x32 pixels, but {path} is {size[0]}x{size[1]}: resize or remove it.")
 
 
-def _python_batches(folder: Path, names: tuple[str, ...]) -> Source:
-    """The official batches: pickled dictionaries of `data`, uint8 (n, 3072), and `labels`, n integers in 0..9."""
+def _python_batches(folder: Path, names: tuple[str, ...], kind: Kind) -> Source:
+    """The official batches: pickled dictionaries of `data`, uint8 (n, 3072), and n integers below `kind.classes`."""
     images, labels = [], []
     for name in names:
         try:
-            with open(folder / name, "rb") as file:
-                record = _CifarUnpickler(file, encoding="bytes").load()
-            record = {key.decode() if isinstance(key, bytes) else key: value for key, value in record.items()}
+            record = _unpickled(folder / name)
             batch = np.frombuffer(record["data"].raw, np.uint8).reshape(-1, 3, 32, 32)
-            targets = np.array(record["labels"], dtype=np.int64)
-            if targets.shape != batch.shape[:1] or targets.size == 0 or targets.min() < 0 or targets.max() > 9:
+            targets = np.array(record[kind.labels], dtype=np.int64)
+            if (
+                targets.shape != batch.shape[:1]
+                or targets.size == 0
+                or targets.min() < 0
+                or targets.max() >= kind.classes
+            ):
                 raise ValueError(f"{len(batch)} images with labels of shape {targets.shape}")
         except Exception as error:  # a damaged pickle can fail in any way
             raise AjpqError(
-                f"A CIFAR-10 batch must be a readable pickle of uint8 images and labels 0..9, but {folder / name} "
+                f"A {kind.name} batch must be a readable pickle of uint8 images and labels 0..{kind.classes - 1}, but "
+                f"{folder / name} "
                 "is not "
                 f"({type(error).__name__}: {error}): download it again."
             ) from error
@@ -125,6 +161,30 @@ def _python_batches(folder: Path, names: tuple[str, ...]) -> Source:
         labels.append(targets)
     pixels = torch.from_numpy(np.concatenate(images))
     return Source(np.concatenate(labels), lambda chosen: pixels[torch.from_numpy(chosen)])
+
+
+def _class_names(folder: Path, kind: Kind) -> tuple[str, ...]:
+    if len(kind.names) == kind.classes:
+        return kind.names
+    file, key = kind.names
+    try:
+        names = tuple(
+            name.decode() if isinstance(name, bytes) else str(name) for name in _unpickled(folder / file)[key]
+        )
+        if len(names) != kind.classes:
+            raise ValueError(f"{len(names)} names")
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise AjpqError(
+            f"{folder / file} must be a readable pickle with {kind.classes} class names in {key}, but is not "
+            f"({type(error).__name__}: {error}): download it again."
+        ) from error
+    return names
+
+
+def _unpickled(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        record = _CifarUnpickler(file, encoding="bytes").load()
+    return {key.decode() if isinstance(key, bytes) else key: value for key, value in record.items()}
 
 
 class _Bytes:
@@ -166,5 +226,5 @@ class _CifarUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> object:
         if (module, name) not in self._KNOWN:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no CIFAR-10 batch needs")
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no CIFAR batch needs")
         return self._KNOWN[module, name]

@@ -1,4 +1,4 @@
-"""Images as whole batches: scikit-learn's digits, CIFAR-10 from disk, and the container for a user's own loaders.
+"""Images as whole batches: scikit-learn's digits, CIFAR from disk, and the container for a user's own loaders.
 
 Images stay uint8 in memory; a batch is one fancy index, one crop and one normalisation, never a loop over images. Four
 splits have four purposes: `train` fits weights, `search` scores policies, `test` is reported, `calibration` sets
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, RandomSampler, Subset
 
-from ajpq.cifar_files import Source, open_cifar10
+from ajpq.cifar_files import CIFAR10, CIFAR100, Kind, Source, fetch, open_cifar
 from ajpq.errors import AjpqError
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # images (N, C, H, W) float32, labels (N,) int64
@@ -205,17 +205,35 @@ def digits(
 
 def cifar10(
     root: str | Path, seed: int = 0, batch_size: int = 128, search_images: int = 5000, calibration_images: int = 1000,
-    limit: int | None = None, eval_batch_size: int = 100,
+    limit: int | None = None, eval_batch_size: int = 100, download: bool = False,
 ) -> Data:  # fmt: skip
     """CIFAR-10 (Krizhevsky 2009), images (3, 32, 32), from a folder on disk.
 
     root: `cifar-10-batches-py` (data_batch_1..5, test_batch), or an image folder `{train,test}/<class>/*.jpg|png`, or
         the folder that contains one of these. search_images: carved off the training part, stratified.
-        calibration_images:
-    at most so many training images. limit: at most so many images in each split, stratified, for quick runs. Training
-    images are shifted by up to four pixels and flipped at random. Raises AjpqError for a missing or empty folder,
-    classes without images or that differ, and unreadable images.
+        calibration_images: at most so many training images. limit: at most so many images in each split, stratified,
+        for quick runs. download: torchvision fetches the official batches into `root` first, unless they are there.
+    Training images are shifted by up to four pixels and flipped at random. Raises AjpqError for a missing or empty
+    folder, classes without images or that differ, and unreadable images.
     """
+    return _cifar(CIFAR10, Path(root), seed, batch_size, search_images, calibration_images, limit, eval_batch_size,
+                  download)  # fmt: skip
+
+
+def cifar100(
+    root: str | Path, seed: int = 0, batch_size: int = 128, search_images: int = 5000, calibration_images: int = 1000,
+    limit: int | None = None, eval_batch_size: int = 100, download: bool = False,
+) -> Data:  # fmt: skip
+    """CIFAR-100 with its hundred fine labels; `cifar-100-python` (train, test, meta) or an image folder as `cifar10`,
+    which explains the settings."""
+    return _cifar(CIFAR100, Path(root), seed, batch_size, search_images, calibration_images, limit, eval_batch_size,
+                  download)  # fmt: skip
+
+
+def _cifar(
+    kind: Kind, root: Path, seed: int, batch_size: int, search_images: int, calibration_images: int, limit: int | None,
+    eval_batch_size: int, download: bool,
+) -> Data:  # fmt: skip
     for name, value in {
         "search_images": search_images,
         "calibration_images": calibration_images,
@@ -223,7 +241,9 @@ def cifar10(
     }.items():
         if value is not None and value < 1:
             raise AjpqError(f"`{name} >= 1` must hold, but {name}={value}: give a number of images.")
-    train, test, classes = open_cifar10(Path(root))
+    if download:
+        fetch(kind, root)
+    train, test, classes = open_cifar(kind, root)
     if search_images >= len(train.labels):
         raise AjpqError(
             f"`search_images < {len(train.labels)}` must hold for the training images of {root}, but "

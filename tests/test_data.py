@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 from ajpq.cifar_files import CIFAR10_CLASSES
-from ajpq.data import ImageBatches, cifar10, digits, divide, stratified_order
+from ajpq.data import ImageBatches, cifar10, cifar100, digits, divide, stratified_order
 from ajpq.errors import AjpqError
 
 MEAN, STD = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1), torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
@@ -201,6 +201,47 @@ def test_python_batches_are_read_exactly(python_batches, above):
     assert len(data.train.images) == 70 and all_of(data.search)[1].bincount().tolist() == [3] * 10
     everything = {image.tobytes() for i in range(1, 6) for image in stored[f"data_batch_{i}"]}
     assert {image.numpy().tobytes() for part in (data.train, data.search) for image in part.images} == everything
+
+
+@pytest.fixture
+def hundred(tmp_path):
+    root = tmp_path / "cifar-100-python"
+    root.mkdir()
+    stored = {"train": pixels(400, seed=1), "test": pixels(200, seed=2)}
+    for name, images in stored.items():
+        fine = [i % 100 for i in range(len(images))]
+        record = {b"data": images.reshape(len(images), -1), b"fine_labels": fine, b"coarse_labels": [0] * len(images)}
+        (root / name).write_bytes(pickle.dumps(record, protocol=2))
+    names = {b"fine_label_names": [f"thing {i}".encode() for i in range(100)], b"coarse_label_names": [b"all"]}
+    (root / "meta").write_bytes(pickle.dumps(names, protocol=2))
+    return root, stored
+
+
+@pytest.mark.parametrize("above", [False, True])
+def test_cifar100_is_read_exactly(hundred, above):
+    root, stored = hundred
+    data = cifar100(root.parent if above else root, search_images=100, calibration_images=10)
+    images, labels = all_of(data.test)
+    assert torch.allclose(images, (torch.from_numpy(stored["test"]) / 255 - MEAN) / STD, atol=1e-5)
+    assert labels.tolist() == [i % 100 for i in range(200)] and data.classes[99] == "thing 99"
+    assert all_of(data.search)[1].bincount().tolist() == [1] * 100 and len(data.train.images) == 300
+
+
+def test_damaged_cifar100_is_named(hundred):
+    (hundred[0] / "meta").write_bytes(pickle.dumps({"fine_label_names": ["one"]}))
+    with pytest.raises(AjpqError, match="meta must be .* 100 class names.*1 names"):
+        cifar100(hundred[0], search_images=100)
+    with pytest.raises(AjpqError, match="CIFAR-10 root must hold one data set.*holds neither"):
+        cifar10(hundred[0], search_images=100)
+
+
+def test_what_cannot_be_downloaded_is_told(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("no connection")
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", refuse)
+    with pytest.raises(AjpqError, match="CIFAR-100 must be fetched.*no connection"):
+        cifar100(tmp_path, download=True)
 
 
 def test_limit_caps_every_split(folder):

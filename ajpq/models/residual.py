@@ -67,7 +67,7 @@ def digits_cnn(classes: int = 10, width: int = 16) -> ResidualNet:
     Stages of `width` channels at 8x8 (identity shortcut), 2 * `width` at 4x4 (strided 1x1 convolution) and 2 * `width`
     again (identity).
     """
-    _check_counts(classes=classes, width=width)
+    check_positive(classes=classes, width=width)
     wide = 2 * width
     down = nn.Sequential(nn.Conv2d(width, wide, 1, 2, bias=False), nn.BatchNorm2d(wide))
     stages = (
@@ -78,20 +78,30 @@ def digits_cnn(classes: int = 10, width: int = 16) -> ResidualNet:
     return ResidualNet(1, stages, (width, wide), classes)
 
 
-def cifar_resnet(depth: int = 20, classes: int = 10) -> ResidualNet:
-    """The CIFAR ResNet of He et al. 2016, section 4.2, with option-A shortcuts, for images (N, 3, 32, 32).
+def cifar_resnet(depth: int = 20, classes: int = 10, shortcut: str = "A") -> ResidualNet:
+    """The CIFAR ResNet of He et al. 2016, section 4.2, for images (N, 3, 32, 32).
 
-    State-dict names: conv1, bn1, layer1.0.conv1, ..., linear. Raises AjpqError unless depth = 6n + 2.
+    shortcut: where a block halves the image, "A" takes every second pixel and adds channels of zeros (the paper's own
+    choice here, no parameters), "B" is a strided 1x1 convolution and a batch-norm.
+    State-dict names: conv1, bn1, layer1.0.conv1, ..., linear; for B also layer2.0.shortcut.0 and .1. Raises AjpqError
+    unless depth = 6n + 2.
     """
-    _check_counts(classes=classes)
+    check_positive(classes=classes)
     if depth < 8 or depth % 6 != 2:
         raise AjpqError(f"`depth = 6n + 2` must hold for a CIFAR ResNet, but {depth=}: take 8, 20, 32, 44, 56 or 110.")
+    if shortcut not in ("A", "B"):
+        raise AjpqError(f"`shortcut` of a CIFAR ResNet must be A or B, but it is {shortcut!r}: take one of the two.")
+
+    def down(c_in: int, c_out: int) -> nn.Module:
+        if shortcut == "A":
+            return PadShortcut(c_out // 4)
+        return nn.Sequential(nn.Conv2d(c_in, c_out, 1, 2, bias=False), nn.BatchNorm2d(c_out))
 
     def stage(c_in: int, c_out: int) -> nn.Sequential:
         first = (
             BasicBlock(c_in, c_out, 1, nn.Sequential())
             if c_in == c_out
-            else BasicBlock(c_in, c_out, 2, PadShortcut(c_out // 4))
+            else BasicBlock(c_in, c_out, 2, down(c_in, c_out))
         )
         return nn.Sequential(
             first, *(BasicBlock(c_out, c_out, 1, nn.Sequential()) for _ in range((depth - 2) // 6 - 1))
@@ -100,12 +110,12 @@ def cifar_resnet(depth: int = 20, classes: int = 10) -> ResidualNet:
     return ResidualNet(3, (stage(16, 16), stage(16, 32), stage(32, 64)), (16, 64), classes)
 
 
-def resnet20(classes: int = 10) -> ResidualNet:
-    """`cifar_resnet(20)`: 269,722 parameters with ten classes, 40.6 million multiply-accumulates at 32x32."""
-    return cifar_resnet(20, classes)
+def resnet20(classes: int = 10, shortcut: str = "A") -> ResidualNet:
+    """`cifar_resnet(20)`: 269,722 parameters with ten classes and shortcut A, 40.6 million multiply-accumulates."""
+    return cifar_resnet(20, classes, shortcut)
 
 
-def _check_counts(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise AjpqError(f"`{name} >= 1` must hold, but {name}={count}: give a positive number.")
+def check_positive(**values: float) -> None:
+    for name, value in values.items():
+        if not value > 0:
+            raise AjpqError(f"`{name} > 0` must hold, but {name}={value}: give a positive number.")

@@ -1,0 +1,182 @@
+"""Images of any size on disk: decoded when they are asked for, kept in memory up to a cap, batched by worker processes.
+
+An image that cannot be read is left out of its batch, counted and named; it is fatal where there are many.
+"""
+
+from __future__ import annotations
+
+import copy
+import mmap
+import multiprocessing
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
+
+from ajpq.errors import AjpqError
+
+UNREADABLE = 0.01  # of the images, at most
+
+
+class Cache:
+    """uint8 images by number, shared by all worker processes that are forked from here.
+
+    images: how many numbers there are. cap: bytes at most; memory is taken as images come in, and what does not fit is
+    not kept.
+    """
+
+    def __init__(self, images: int, cap: int) -> None:
+        self._cap, self._lock = cap, multiprocessing.Lock()
+        # Anonymous shared memory: /dev/shm, where torch would put it, is small in many containers.
+        self._pixels = np.frombuffer(mmap.mmap(-1, max(cap, 1)), np.uint8)
+        self._table = np.frombuffer(mmap.mmap(-1, 32 * (images + 1)), np.int64).reshape(-1, 4)  # there, start, H, W
+        self._used = self._table[-1]  # the row after the last image: bytes in use
+
+    def get(self, number: int) -> Tensor | None:
+        with self._lock:
+            there, start, h, w = self._table[number].tolist()
+        return torch.from_numpy(self._pixels[start : start + 3 * h * w].reshape(3, h, w)) if there else None
+
+    def put(self, number: int, image: Tensor) -> None:
+        """Keep an image (3, H, W) if it fits."""
+        with self._lock:
+            start = int(self._used[0])
+            if self._table[number, 0] or start + image.numel() > self._cap:
+                return
+            self._pixels[start : start + image.numel()] = image.numpy().reshape(-1)
+            self._table[number] = (1, start, *image.shape[1:])
+            self._used[0] = start + image.numel()
+
+
+class Pictures:
+    """The images of one data set. paths: (N,) files. labels: int64 (N,). cache_bytes: decoded pixels kept in memory.
+
+    `unreadable` holds the numbers of those that could not be read so far.
+    """
+
+    def __init__(self, paths: Sequence[Path], labels: Tensor, cache_bytes: int) -> None:
+        self.paths, self.labels = np.array([str(path) for path in paths]), labels
+        self.unreadable: set[int] = set()
+        self._told = 0
+        self._cache = Cache(len(paths), cache_bytes)
+
+    def read(self, number: int) -> Tensor | None:
+        """uint8 (3, H, W), or None if the file cannot be read."""
+        image = self._cache.get(number)
+        if image is None:
+            try:
+                with Image.open(self.paths[number]) as file:
+                    image = functional.pil_to_tensor(file.convert("RGB"))
+            except Exception:  # a damaged file can fail in any way
+                return None
+            self._cache.put(number, image)
+        return image
+
+    def miss(self, numbers: Sequence[int]) -> None:
+        """Note images that could not be read. Raises AjpqError if there are too many."""
+        self.unreadable.update(numbers)
+        if len(self.unreadable) > UNREADABLE * len(self.paths):
+            raise AjpqError(
+                f"at most {UNREADABLE:.0%} of the images may be unreadable, but {self._names()}; restore them or take "
+                "them out of the folder"
+            )
+
+    def tell(self) -> None:
+        """Warn of images that could not be read, if there are new ones."""
+        if len(self.unreadable) > self._told:
+            self._told = len(self.unreadable)
+            warnings.warn(f"unreadable images are left out: {self._names()}", stacklevel=3)
+
+    def _names(self) -> str:
+        first = ", ".join(self.paths[sorted(self.unreadable)[:3]])
+        more = f" and {len(self.unreadable) - 3} more" if len(self.unreadable) > 3 else ""
+        return f"{len(self.unreadable)} of {len(self.paths)} cannot be read: {first}{more}"
+
+
+class PictureBatches:
+    """Batches of normalised float32 images (n, 3, size, size) and labels (n,) of some of the pictures.
+
+    images: their numbers (N,). transform: of torchvision.transforms.v2, uint8 (3, H, W) -> uint8 (3, size, size).
+    mean, std: per channel, of pixel / 255. shuffle: the seed of the order and of the augmentation, both drawn anew
+    every epoch; None = fixed order, all images. A shuffled epoch of more than one batch drops its incomplete last one.
+    workers: processes that decode and transform; 0 = this one. The batches are the same for every number of workers.
+    """
+
+    def __init__(
+        self, pictures: Pictures, images: Tensor, batch_size: int, transform: v2.Transform, *,
+        mean: Sequence[float], std: Sequence[float], shuffle: int | None = None, workers: int = 0,
+    ) -> None:  # fmt: skip
+        self.pictures, self.images, self.batch_size, self.transform = pictures, images, batch_size, transform
+        self.mean, self.std, self.workers = list(mean), list(std), workers
+        self._epochs = None if shuffle is None else torch.Generator().manual_seed(shuffle)
+
+    @property
+    def labels(self) -> Tensor:
+        return self.pictures.labels[self.images]
+
+    def part(self, chosen: Tensor) -> PictureBatches:
+        """The same over some of the images: their places (n,) in `images`."""
+        twin = copy.copy(self)
+        twin.images = self.images[chosen]
+        if self._epochs is not None:
+            twin._epochs = torch.Generator().manual_seed(self._epochs.initial_seed())
+        return twin
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.images), self.batch_size)
+        return whole + (rest > 0 and (self._epochs is None or whole == 0))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self._epochs is None:
+            keys = [(number, None) for number in self.images.tolist()]
+        else:
+            # An epoch draws from its own generator, so one that is abandoned half-way does not change the next.
+            epoch = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=self._epochs)))
+            order = self.images[torch.randperm(len(self.images), generator=epoch)].tolist()
+            seeds = torch.randint(2**62, (len(order),), generator=epoch).tolist()
+            keys = list(zip(order, seeds, strict=True))
+        batches = [keys[i * self.batch_size : (i + 1) * self.batch_size] for i in range(len(self))]
+        loader = DataLoader(
+            _Views(self.pictures, self.transform), batch_sampler=batches, collate_fn=_together,
+            num_workers=self.workers, multiprocessing_context="fork" if self.workers else None,
+            generator=torch.Generator(),
+        )  # fmt: skip
+        for images, numbers, missed in loader:
+            self.pictures.miss(missed)
+            if len(numbers):
+                floats = functional.to_dtype(images, torch.float32, scale=True)
+                yield functional.normalize(floats, self.mean, self.std, inplace=True), self.pictures.labels[numbers]
+        self.pictures.tell()
+
+
+class _Views(Dataset):
+    """(number, seed of the augmentation or None) -> the number, and the transformed image or None."""
+
+    def __init__(self, pictures: Pictures, transform: v2.Transform) -> None:
+        self.pictures, self.transform = pictures, transform
+
+    def __getitem__(self, key: tuple[int, int | None]) -> tuple[int, Tensor | None]:
+        number, seed = key
+        image = self.pictures.read(number)
+        if image is None:
+            return number, None
+        if seed is None:
+            return number, self.transform(image)
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's own generator
+            torch.default_generator.manual_seed(seed)
+            return number, self.transform(image)
+
+
+def _together(items: list[tuple[int, Tensor | None]]) -> tuple[Tensor, Tensor, list[int]]:
+    """uint8 (n, 3, size, size), their numbers (n,), and the numbers of those that could not be read."""
+    found = [(number, image) for number, image in items if image is not None]
+    images = torch.stack([image for _, image in found]) if found else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+    missed = [number for number, image in items if image is None]
+    return images, torch.tensor([number for number, _ in found], dtype=torch.int64), missed
