@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import fx
@@ -18,6 +19,8 @@ from ajpq.data import take
 from ajpq.errors import AjpqError
 from ajpq.files import remove_parts, write_text
 from ajpq.finetuning import finetune
+from ajpq.onnx_export import float_onnx
+from ajpq.onnx_graph import integer_graph
 from ajpq.policy import CompressionPolicy
 from ajpq.preparing import Prepared, epochs, prepare
 from ajpq.problem import SearchBackend, SearchResult
@@ -26,16 +29,19 @@ from ajpq.resume import REPORT, SEARCH
 from ajpq.searching import search_in
 from ajpq.shipping import load, ship
 from ajpq.snapshot import STATE, check_same, fingerprint, keep
-from ajpq.training import metrics, recalibrate
+from ajpq.training import accuracy, metrics, recalibrate
+
+ONNX_IMAGES = 128  # of the calibration split, for the ranges of residual sums
 
 
 def run(cfg: DictConfig, folder: Path) -> None:
     """Run one job; everything it writes goes to `folder`. The test split is read once, at the end.
 
     Writes original.safetensors (when trained here), search.json (what the search depends on), evaluations.jsonl (a line
-    per evaluation, at once), search.pt (the state of the search, now and then), policy.json, model.safetensors and
-    report.json. An interrupt keeps what there is (during the search policy.json with the best policy so far, during
-    fine-tuning the network as it is) and passes on. With `cfg.resume`, a run that was killed in `folder` goes on.
+    per evaluation, at once), search.pt (the state of the search, now and then), policy.json, model.safetensors,
+    model.onnx and report.json. An interrupt keeps what there is (during the search policy.json with the best policy so
+    far, during fine-tuning the network as it is) and passes on. With `cfg.resume`, a run that was killed in `folder`
+    goes on.
     Raises AjpqError where it would replace a record, or continue another search.
     """
     screen = Screen()
@@ -71,7 +77,17 @@ def run(cfg: DictConfig, folder: Path) -> None:
         ship(freeze(student), folder)
         raise
     with screen.stage("ship"):
-        path = ship(final, folder)
+        onnx, images = None, torch.cat([x for x, *_ in take(data.calibration, ONNX_IMAGES)])
+        try:
+            path = ship(final, folder, images=images)
+            onnx = {
+                "bytes": (folder / "model.onnx").stat().st_size,
+                "original_bytes": len(float_onnx(job.original.module, images)),
+                "metric": accuracy(integer_graph(final, images), data.test, problem.task),
+            }
+        except AjpqError as error:
+            screen.say(str(error))
+            path = ship(final, folder)
         loaded = load(path)
     with screen.stage("test"):
         searched = _corrected(cfg, job, result.policy)
@@ -90,6 +106,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
             "claimed": costs["size"]["final"] / 8,
             "on_disk": path.stat().st_size,
         },
+        "onnx": onnx,
         "costs": costs,
         "budget": problem.budget.limits,
         "search_score": asdict(result.score),

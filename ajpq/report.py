@@ -14,7 +14,17 @@ from rich.table import Table
 from ajpq.network import Network
 from ajpq.policy import CompressionPolicy
 
-_PACKAGES = ("torch", "torchvision", "numpy", "gymnasium", "stable_baselines3", "hydra-core", "safetensors")
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "gymnasium",
+    "stable_baselines3",
+    "hydra-core",
+    "safetensors",
+    "onnx",
+    "onnxruntime",
+)
 
 
 def versions() -> dict[str, str]:
@@ -102,6 +112,16 @@ def show(report: Mapping[str, Any], console: Console) -> None:
         f"{size['on_disk'] / size['original']:.4f}",
         end_section=True,
     )
+    if report["onnx"] is not None:
+        onnx = report["onnx"]
+        table.add_row(f"{metric} of model.onnx (test)", f"{metrics['original']:.4f}", f"{onnx['metric']:.4f}")
+        table.add_row(
+            "bytes of model.onnx, int8",
+            f"{onnx['original_bytes']:,.0f}",
+            f"{onnx['bytes']:,.0f}",
+            f"{onnx['bytes'] / onnx['original_bytes']:.4f}",
+            end_section=True,
+        )
     for name, cost in report["costs"].items():
         limit = f"<= {budget[name]:g}" if name in budget else ""
         table.add_row(

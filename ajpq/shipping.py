@@ -42,7 +42,10 @@ from torch import Tensor, fx
 
 from ajpq.bitstream import LIMIT, read_json
 from ajpq.errors import AjpqError
+from ajpq.files import replacing
 from ajpq.layers import FrozenLayer
+from ajpq.onnx_export import FILE as ONNX
+from ajpq.onnx_export import to_onnx
 from ajpq.packing import pack, unpack
 
 FILE = "model.safetensors"
@@ -89,10 +92,28 @@ def _read(path: str | Path) -> tuple[Path, dict[str, Tensor]]:
         ) from error
 
 
-def ship(network: fx.GraphModule, folder: str | Path, extra: Mapping[str, Any] | None = None) -> Path:
-    """Write a finished network to `folder`/model.safetensors, at once or not at all. Returns that path."""
-    data = to_bytes(pack(network, extra))
-    folder = Path(folder)
+def ship(
+    network: fx.GraphModule,
+    folder: str | Path,
+    extra: Mapping[str, Any] | None = None,
+    images: Tensor | None = None,
+) -> Path:
+    """Write a finished network to `folder`/model.safetensors, at once or not at all. Returns that path.
+
+    images (n, C, H, W): training images; with them an int8 model.onnx is written beside it (see `ajpq.onnx_export`). An
+    older model.onnx goes away in any case. Raises AjpqError if ONNX lacks an operation; the packed file is kept.
+    """
+    path = _write(to_bytes(pack(network, extra)), Path(folder))
+    onnx = path.with_name(ONNX)
+    onnx.unlink(missing_ok=True)
+    if images is not None:
+        model = to_onnx(network, images)
+        with replacing(onnx) as partial:
+            partial.write_bytes(model)
+    return path
+
+
+def _write(data: bytes, folder: Path) -> Path:
     missing = [p for p in (folder, *folder.parents) if not p.exists()]
     draft = folder / f".{FILE}.{os.getpid()}"
     try:

@@ -487,7 +487,9 @@ def test_a_partner_by_importance_gives_what_matters_more():
     pruned = env.draft.sparsity
     at = int(network.space_of[network["layer2.0.conv1"].writes[0]])
     assert pruned[at] == 0.5 and {value for space, value in pruned.items() if space != at} == {0.0}
-    silent = problem(importance=lambda network, batches, task: {lay.name: np.zeros(lay.c_out) for lay in network.layers})
+    silent = problem(
+        importance=lambda network, batches, task: {lay.name: np.zeros(lay.c_out) for lay in network.layers}
+    )
     for controls in ("layer", "channel"):
         assert played(CompressionEnv(silent, controls, ByImportance()))[1][-1]["score"].within
 

@@ -1,0 +1,47 @@
+"""ONNX files: `to_onnx` of a finished network (int8, Q/DQ) and `float_onnx` of any other, with a dynamic batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx, nn
+
+from ajpq.errors import AjpqError
+from ajpq.onnx_graph import integer_graph
+
+FILE = "model.onnx"
+OPSET = 18
+
+
+def to_onnx(network: fx.GraphModule, images: Tensor) -> bytes:
+    """A finished network as an ONNX model that runtimes compute in int8.
+
+    images (n, C, H, W): training images as the network reads them, a hundred or so; the ranges of residual sums and the
+        like are taken from them (see `ajpq.onnx_graph`), and the shape of the input but for the batch.
+    Widths of up to 8 bits and activations keep their values exactly; a layer with a kernel of 32 bits stays float.
+    On x86 processors with AVX2 but without VNNI, ONNX Runtime saturates sums of two products of 8-bit activations and
+    8-bit kernels; narrower ones cannot saturate. Raises AjpqError if the network has an operation that ONNX lacks.
+    """
+    return float_onnx(integer_graph(network, images), images)
+
+
+@torch.no_grad()
+def float_onnx(network: nn.Module, images: Tensor) -> bytes:
+    """A module of one input as an ONNX model, without the places in the source that the exporter notes."""
+    example = images[:1].expand(2, *images.shape[1:]).contiguous()
+    try:
+        program = torch.onnx.export(
+            network, (example,), dynamo=True, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), opset_version=OPSET,
+            input_names=["images"], output_names=["outputs"], verbose=False,
+        )  # fmt: skip
+    except Exception as error:  # the exporter raises its own kinds, and those of all it calls
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise AjpqError(
+            f"an ONNX model needs operations that torch.onnx can export, but it stopped ({type(error).__name__}: "
+            f"{reason}); use the packed file, or other operations"
+        ) from error
+    model = program.model_proto
+    for part in (model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    model.ClearField("metadata_props")
+    return model.SerializeToString(deterministic=True)

@@ -1,0 +1,192 @@
+"""The int8 ONNX file: integer kernels on ONNX Runtime, and the outputs of the project's own network."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from nets import conv, images_of, network_of, random_policy, traced
+from onnx import numpy_helper
+from test_ship import finished
+from torch import Tensor, fx, nn
+
+from ajpq.calibration import calibrate
+from ajpq.compression import compress, freeze
+from ajpq.data import digits
+from ajpq.errors import AjpqError
+from ajpq.finetuning import finetune
+from ajpq.layers import FrozenLayer
+from ajpq.models import digits_cnn
+from ajpq.network import Network
+from ajpq.onnx_export import float_onnx, to_onnx
+from ajpq.onnx_graph import integer_graph
+from ajpq.onnx_layers import container
+from ajpq.shipping import load, ship
+from ajpq.tracing import trace
+from ajpq.training import fit
+
+NARROW = (1, 2, 3, 4, 5, 6, 7)  # kernels that saturate on no processor
+BIG = ("resnet18", "mobilenet_v2", "mobilenet_v3_small", "shufflenet_v2_x0_5", "densenet121")
+slow = pytest.mark.slow
+
+
+def run(model: bytes, images: Tensor, folder: Path) -> tuple[np.ndarray, Counter[str]]:
+    """What ONNX Runtime gives, one thread, and the kernels that it chose."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    kernels = Counter(node.op_type for node in onnx.load(folder / "optimized.onnx").graph.node)
+    return session.run(None, {"images": images.numpy()})[0], kernels
+
+
+def frozen(network: Network, images: Tensor, seed: int = 0, sparsity: float = 0.5, **choices) -> fx.GraphModule:
+    policy = random_policy(network, seed, sparsity, **choices)
+    return freeze(compress(network, policy, calibrate(network, [(images, None)])))
+
+
+def layers_of(network: fx.GraphModule) -> list[FrozenLayer]:
+    parts = [network.get_submodule(node.target) for node in network.graph.nodes if node.op == "call_module"]
+    return [part for part in parts if isinstance(part, FrozenLayer)]
+
+
+def one_step(network: fx.GraphModule) -> np.ndarray:
+    """How far every output moves, at most, where every input of the last layer moves by one step."""
+    last = layers_of(network)[-1]
+    return (last.weight.flatten(1).abs().sum(1) * last.act.scale).numpy()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "digits_cnn",
+        "resnet20",
+        *(pytest.param(name, marks=slow) for name in BIG),
+    ],
+)
+def test_runtime_agrees_and_computes_in_integers(name: str, tmp_path: Path) -> None:
+    images = images_of(name, 8, seed=3)
+    network = frozen(network_of(name), images, widths=NARROW, act_bits=(8,))
+    model = to_onnx(network, images)
+    with torch.no_grad():
+        packed, told = network(images).numpy(), integer_graph(network, images)(images).numpy()
+    found, kernels = run(model, images, tmp_path)
+    assert (found.argmax(1) == told.argmax(1)).all() and (found.argmax(1) == packed.argmax(1)).all()
+    assert (np.abs(found - told) <= one_step(network)).all() and (np.abs(found - packed) <= one_step(network)).all()
+    gates = sum(layer.geometry.conv for layer in layers_of(network)) - kernels["QLinearConv"]
+    assert gates == (9 if name == "mobilenet_v3_small" else 0)  # the second layer of a squeeze-and-excitation gate
+    one, _ = run(model, images[:1], tmp_path)
+    assert one.shape == (1, 10) and (np.abs(one - packed[:1]) <= one_step(network)).all()
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[Network, object]:
+    data, model = digits(), digits_cnn()
+    fit(model, data.train, epochs=4, lr=0.1)
+    return trace(model.eval(), next(iter(data.calibration))[0][:2]), data
+
+
+@pytest.mark.parametrize(("widths", "act_bits", "floor"), [((2, 4, 7), (8,), 0.97), ((4,), (3, 4), 0.93)])
+def test_trained_network_on_its_test_split(widths, act_bits, floor, trained, tmp_path: Path) -> None:
+    network, data = trained
+    policy = random_policy(network, 0, 0.2, widths, act_bits)
+    final = finetune(compress(network, policy, calibrate(network, data.calibration)), data.train, epochs=2, lr=0.02)
+    seen, test = (torch.cat([x for x, _ in split]) for split in (data.calibration, data.test))
+    with torch.no_grad():
+        packed, told = final(test).numpy(), integer_graph(final, seen)(test).numpy()
+    found, _ = run(to_onnx(final, seen), test, tmp_path)
+    assert (found.argmax(1) == told.argmax(1)).all() and (np.abs(found - told) <= one_step(final)).all()
+    assert (found.argmax(1) == packed.argmax(1)).mean() >= floor
+
+
+@pytest.mark.parametrize("bits", [*range(1, 9)])
+def test_container_holds_the_very_weights(bits: int) -> None:
+    layer = finished(nn.Conv2d(16, 40, 3), (bits,), np.random.default_rng(bits))
+    codes, scale = container(layer)
+    assert torch.equal(codes * scale.reshape(-1, 1, 1, 1), layer.weight) and (scale > 0).all()
+    assert 32 <= codes.int().abs().max() < (64 if bits < 8 else 128)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_activations_of_every_width_lie_on_the_grid(signed: bool, tmp_path: Path) -> None:
+    network = traced(lambda m, x: m.a(x if signed else x.abs()), a=conv(3, 5, 1))
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2)) * 2  # beyond both ends of the grid
+    for bits in (1, 4, 8):
+        final = frozen(network, images / 4, sparsity=0, widths=NARROW, act_bits=(bits,))
+        found, _ = run(to_onnx(final, images), images, tmp_path)
+        with torch.no_grad():
+            difference = np.abs(found - final(images).numpy())
+        unit = (container(final.a)[1] * final.a.act.scale).max().item()  # to which runtimes round the bias
+        assert (
+            final.a.act.signed == signed
+            and np.quantile(difference, 0.99) <= unit
+            and (difference.max() <= one_step(final).max())
+        )
+
+
+def test_nothing_is_rounded_where_one_quantizer_reads(tmp_path: Path) -> None:
+    parts = {"a": conv(3, 6), "b": conv(3, 4), "c": conv(10, 4), "relu6": nn.ReLU6(), "d": conv(4, 5)}
+    network = traced(
+        lambda m, x: m.d(m.relu6(m.c(nn.functional.max_pool2d(torch.cat([m.a(x).relu(), m.b(x)], 1), 2)))), **parts
+    )
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2)) * 4
+    final = frozen(network, images, sparsity=0, widths=NARROW, act_bits=(8,))
+    final.d.act.scale.fill_(0.03)  # a grid that ends above 6
+    graph = integer_graph(final, images)
+    with torch.no_grad():
+        difference = (graph(images) - final(images)).abs().numpy().reshape(4, 5, -1)
+    assert np.median(difference) < 1e-3 and (difference <= one_step(final)[:, None]).all()
+    found, kernels = run(to_onnx(final, images), images, tmp_path)
+    assert kernels["QLinearConv"] == 3 and not {"Relu", "FusedConv"} & set(kernels)
+    assert (np.abs(found - graph(images).numpy()).reshape(4, 5, -1) <= one_step(final)[:, None]).all()
+
+
+def test_layers_that_are_not_integers_stay_float(tmp_path: Path) -> None:
+    network = traced(lambda m, x: m.c(m.b(m.a(x).relu()).relu()), a=conv(3, 6), b=conv(6, 6), c=conv(6, 4))
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    final = frozen(network, images, sparsity=0, widths=(4,), act_bits=(8,))
+    final.a.bits[0], final.b.bias[0] = 32, 60_000.0  # a float kernel, and a bias that no accumulator holds
+    final.b.scale[0] = 6e-8
+    for name in "ab":
+        old = final.get_submodule(name)
+        raw = torch.ones((int((old.bits == 32).sum()), *old.codes.shape[1:]))
+        final.set_submodule(name, FrozenLayer(old.codes, old.bits, old.scale, raw, old.bias, old.geometry, old.act))
+    model = to_onnx(final, images)
+    stored = {t.name: t.data_type for t in onnx.load_from_string(model).graph.initializer}
+    int8 = sum(kind == onnx.TensorProto.INT8 for kind in stored.values())
+    assert int8 == 2  # the codes of c and their zeros
+    found, _ = run(model, images, tmp_path)
+    with torch.no_grad():
+        assert np.abs(found - final(images).numpy()).max() <= one_step(final).max()
+
+
+def test_ship_writes_it_beside_the_packed_file(tmp_path: Path) -> None:
+    images = images_of("digits_cnn", 8)
+    network = network_of("digits_cnn")
+    final = frozen(network, images, widths=NARROW, act_bits=(8,))
+    ship(final, tmp_path, images=images)
+    model = (tmp_path / "model.onnx").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.safetensors"]
+    again = to_onnx(load(tmp_path), images)
+    assert np.array_equal(run(model, images, tmp_path)[0], run(again, images, tmp_path)[0])
+    (tmp_path / "optimized.onnx").unlink()
+    onnx.checker.check_model(model, full_check=True)
+    whole = float_onnx(network.module, images)
+    assert len(model) < 0.6 * len(whole) and str(Path(__file__).parent.parent).encode() not in model
+    weights = [numpy_helper.to_array(t) for t in onnx.load_from_string(model).graph.initializer]
+    assert sum(w.size for w in weights if w.dtype == np.int8 and w.ndim > 1) == sum(
+        layer.codes.numel() for layer in layers_of(final)
+    )
+    ship(final, tmp_path)  # the old model.onnx could be another network's
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_what_onnx_lacks_is_told_and_the_packed_file_kept(tmp_path: Path) -> None:
+    network = traced(lambda m, x: torch.digamma(m.a(x)), a=conv(3, 4))
+    final = freeze(compress(network, random_policy(network, 0, 0)))
+    with pytest.raises(AjpqError, match="use the packed file"):
+        ship(final, tmp_path, images=torch.randn(2, 3, 8, 8))
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
