@@ -77,17 +77,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
         ship(freeze(student), folder)
         raise
     with screen.stage("ship"):
-        onnx, images = None, torch.cat([x for x, *_ in take(data.calibration, ONNX_IMAGES)])
-        try:
-            path = ship(final, folder, images=images)
-            onnx = {
-                "bytes": (folder / "model.onnx").stat().st_size,
-                "original_bytes": len(float_onnx(job.original.module, images)),
-                "metric": accuracy(integer_graph(final, images), data.test, problem.task),
-            }
-        except AjpqError as error:
-            screen.say(str(error))
-            path = ship(final, folder)
+        path, onnx = _shipped(cfg, job, final, folder, screen)
         loaded = load(path)
     with screen.stage("test"):
         searched = _corrected(cfg, job, result.policy)
@@ -121,6 +111,25 @@ def run(cfg: DictConfig, folder: Path) -> None:
     write_text(folder / REPORT, json.dumps(report, indent=1, default=float))
     reporting.show(report, screen.console)
     screen.say(f"written to {folder}")
+
+
+def _shipped(
+    cfg: DictConfig, job: Prepared, final: fx.GraphModule, folder: Path, screen: Screen
+) -> tuple[Path, dict[str, float] | None]:
+    """The packed file, and what is to be told of model.onnx; None without one."""
+    if not cfg.onnx:
+        return ship(final, folder), None
+    images = torch.cat([x for x, *_ in take(job.data.calibration, ONNX_IMAGES)])
+    try:
+        path = ship(final, folder, images=images)
+        return path, {
+            "bytes": (folder / "model.onnx").stat().st_size,
+            "original_bytes": len(float_onnx(job.original.module, images)),
+            "metric": accuracy(integer_graph(final, images), job.data.test, job.problem.task),
+        }
+    except AjpqError as error:
+        screen.say(str(error))
+        return ship(final, folder), None
 
 
 def _check_folder(folder: Path, resumed: bool) -> None:

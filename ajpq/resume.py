@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from ajpq.errors import AjpqError
 
 SEARCH, REPORT = "search.json", "report.json"
-FREE = ("threads", "tensorboard", "resume", "finetune", "hydra")  # keys and groups that cannot change a search
+FREE = ("threads", "tensorboard", "onnx", "resume", "finetune", "hydra")  # keys and groups that cannot change a search
 
 
 def key_of(override: str) -> str:

@@ -35,7 +35,7 @@ def sweep(folder: Path, *arguments: str, **variables: str) -> CompletedProcess[s
     """Run the command as its script does: -P leaves the current folder to `ajpq` itself."""
     (folder / "my_net.py").write_text("from ajpq.models import digits_cnn as Net\nprint('hello from my_net')\n")
     python = ["/usr/bin/env", "-u", "OMP_NUM_THREADS", sys.executable, "-P", "-c", ENTRY]
-    return run(folder, *python, "--multirun", *arguments, *QUICK, **variables)
+    return run(folder, *python, "--multirun", *arguments, "onnx=false", *QUICK, **variables)
 
 
 def reports(folder: Path) -> dict[str, dict]:

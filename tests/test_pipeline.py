@@ -26,7 +26,7 @@ from ajpq.policy import CompressionPolicy
 from ajpq.shipping import load
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICK = ["train.epochs=6", "search.evaluations=12", "finetune.epochs=6", "threads=1", "hydra.run.dir=run"]
+QUICK = ["train.epochs=6", "search.evaluations=12", "finetune.epochs=6", "threads=1", "onnx=false", "hydra.run.dir=run"]
 
 
 # A shell that starts jobs in the background lets them ignore SIGINT, and their children inherit that.
@@ -60,7 +60,7 @@ def command(folder: Path, *overrides: str) -> tuple[int, str, str]:
 @pytest.fixture(scope="module")
 def job(tmp_path_factory) -> tuple[Path, dict, str]:
     folder = tmp_path_factory.mktemp("job")
-    status, out, err = command(folder, *QUICK, "search.warmup=6")
+    status, out, err = command(folder, *QUICK, "search.warmup=6", "onnx=true")
     assert status == 0, err
     return folder / "run", json.loads((folder / "run/report.json").read_text()), out
 
@@ -76,6 +76,8 @@ def test_report_has_what_is_promised_and_adds_up(job):
     assert all(report["costs"][name]["ratio"] <= limit for name, limit in report["budget"].items())
     assert report["bytes"]["on_disk"] == (folder / "model.safetensors").stat().st_size
     assert report["bytes"]["on_disk"] <= report["bytes"]["claimed"]
+    assert report["onnx"]["bytes"] == (folder / "model.onnx").stat().st_size < report["onnx"]["original_bytes"] / 3
+    assert report["onnx"]["metric"] == pytest.approx(report["metrics"]["final"], abs=0.03)
     assert report["evaluations"] == 12 == len((folder / "evaluations.jsonl").read_text().splitlines())
     assert {"train", "search", "fine-tune", "ship", "test"} <= set(report["seconds"])
     assert report["seed"] == 0 and torch.__version__.startswith(report["versions"]["torch"])
@@ -121,6 +123,7 @@ def test_a_policy_of_one_run_is_fine_tuned_by_another(job, tmp_path):
         f"search.path={folder / 'policy.json'}",
         "finetune.epochs=1",
         "threads=1",
+        "onnx=false",
         "hydra.run.dir=run",
     )
     assert status == 0, err
@@ -189,6 +192,7 @@ def test_ctrl_c_during_the_search_keeps_the_best_policy(tmp_path):
         "search=random",
         "search.evaluations=100000",
         "threads=1",
+        "onnx=false",
         "hydra.run.dir=run",
     )
     assert status == 130 and "interrupted" in err
@@ -205,6 +209,7 @@ def test_ctrl_c_during_fine_tuning_keeps_a_network(tmp_path):
         "train.epochs=1",
         "search=uniform",
         "threads=1",
+        "onnx=false",
         "hydra.run.dir=run",
         "finetune.epochs=100000",
     )

@@ -26,7 +26,7 @@ from ajpq.explain import CONF
 from ajpq.record import RECORD, Record, policy_of, read
 
 SEARCH = ["search=random", "search.evaluations=30", "+search.batch=4", "search_images=256", "norm_images=64"]
-PLAIN = [*SEARCH, "finetune=none", "finetune.norm_batches=1", "threads=1", "tensorboard=false"]
+PLAIN = [*SEARCH, "finetune=none", "finetune.norm_batches=1", "threads=1", "tensorboard=false", "onnx=false"]
 
 
 @pytest.fixture(scope="module")
