@@ -99,9 +99,8 @@ def test_trained_network_on_its_test_split(widths, act_bits, floor, trained, tmp
     with torch.no_grad():
         packed, told = final(test).numpy(), integer_graph(final, seen)(test).numpy()
     found, _ = run(to_onnx(final, seen), test, tmp_path)
-    assert (found.argmax(1) == told.argmax(1)).mean() >= 0.99 and np.quantile(np.abs(found - told), 0.99) <= one_step(
-        final
-    )
+    assert (found.argmax(1) == told.argmax(1)).mean() >= 0.99  # sums in another order may turn a code
+    assert (np.abs(found - told) <= one_step(final)).mean() >= 0.99
     assert (found.argmax(1) == packed.argmax(1)).mean() >= floor
 
 
