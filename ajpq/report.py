@@ -83,6 +83,10 @@ def layers_of(network: Network, policy: CompressionPolicy) -> list[dict[str, Any
     return rows
 
 
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def show(report: Mapping[str, Any], console: Console) -> None:
     """The closing table."""
     table = Table(title="Result", title_justify="left")
@@ -126,8 +130,8 @@ def show(report: Mapping[str, Any], console: Console) -> None:
         limit = f"<= {budget[name]:g}" if name in budget else ""
         table.add_row(
             f"{name} ({cost['unit']})",
-            f"{cost['original']:,.0f}",
-            f"{cost['final']:,.0f}",
+            _number(cost["original"]),
+            _number(cost["final"]),
             f"{cost['ratio']:.4f}",
             limit,
         )

@@ -25,6 +25,8 @@ class Choices:
         each
     max_sparsity: at most this fraction of a space's channels is pruned (AMC: 0.8)
     first_last: width of weights and input of the first and the last layer, as HAQ does; None = decided like the others
+    round_to: a space that is pruned keeps a multiple of so many channels, because fast kernels run in multiples (AMC's
+        code: channel_round); so a space of no more channels is never pruned
     """
 
     weight_bits: tuple[int, ...] = (0, 1, 2, 3, 4, 6, 8)
@@ -32,6 +34,7 @@ class Choices:
     blocks: int | str = 4
     max_sparsity: float = 0.8
     first_last: int | None = 8
+    round_to: int = 1
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "act_bits"):
@@ -51,6 +54,8 @@ class Choices:
             raise AjpqError(
                 f"first_last must be one of {WIDTHS[1:]} or null, but it is {self.first_last}; choose another"
             )
+        if not (isinstance(self.round_to, int) and self.round_to >= 1):
+            raise AjpqError(f"round_to must be a whole number >= 1, but it is {self.round_to!r}; choose another")
 
 
 class SearchSpace:
@@ -96,13 +101,20 @@ class SearchSpace:
         orders = []
         for space in self.network.spaces:
             channels = space.channels[free[space.channels]]
-            orders.append(channels[np.argsort(self.channel_scores[channels], kind="stable")])
+            order = channels[np.argsort(self.channel_scores[channels], kind="stable")]
+            orders.append(order[: self._whole(space.size, len(order))])
         return tuple(orders)
 
     def n_pruned(self, space: int, sparsity: float) -> int:
-        """Channels of a space that a sparsity (a fraction of its size) removes."""
-        wanted = int(np.floor(sparsity * self.network.spaces[space].size + 1e-9))
-        return min(wanted, len(self.prune_order[space]))
+        """Channels of a space that a sparsity (a fraction of its size) removes: as many as it says, or fewer where
+        `round_to` or the last channels of a tensor ask for them."""
+        size = self.network.spaces[space].size
+        wanted = int(np.floor(sparsity * size + 1e-9))
+        return self._whole(size, min(wanted, len(self.prune_order[space])))
+
+    def _whole(self, size: int, pruned: int) -> int:
+        """The largest number up to `pruned` of `size` channels that leaves a multiple of `round_to`, or all of them."""
+        return max(0, size - -(-(size - pruned) // self.choices.round_to) * self.choices.round_to)
 
     def alive_at(self, sparsity: float) -> np.ndarray:
         """bool (n_channels,) with the same sparsity in every space."""
