@@ -46,6 +46,11 @@ def variance() -> int:
     return main("variance", "ajpq.varying")
 
 
+def profile() -> int:
+    """The command `ajpq-profile`."""
+    return main("profile", "ajpq.profiling")
+
+
 def main(config: str = "config", module: str = "ajpq.pipeline") -> int:
     """Run the command on `sys.argv`; returns or exits with 0, 2 (bad input) or 130 (interrupted).
 

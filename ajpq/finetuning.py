@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import islice
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from ajpq.compression import freeze
 from ajpq.data import Batches
+from ajpq.errors import AjpqError
+from ajpq.features import Features
+from ajpq.lowering import Lowering
+from ajpq.pact import use_pact
+from ajpq.recipe import check_settings
 from ajpq.training import fit, recalibrate
 
 
@@ -19,6 +24,11 @@ def finetune(
     epochs: int = 10,
     lr: float = 0.02,
     teacher: nn.Module | None = None,
+    lowering: float = 0.0,
+    lift: int = 2,
+    activations: str = "lsq",
+    features: float = 0.0,
+    kept: Mapping[str, Tensor] | None = None,
     norm_batches: int = 100,
     on_epoch: Callable[[int, dict], None] | None = None,
     seed: int = 0,
@@ -28,11 +38,40 @@ def finetune(
 
     train: batches (x, y), augmented or not.
     teacher: the uncompressed network, for distillation.
+    lowering: the fraction of all steps in which kernels come down to their widths from up to `lift` bits more, see
+        `Lowering`; 0: they have their widths from the start.
+    activations: how their quantizers learn, "lsq" (step sizes) or "pact" (clipping values).
+    features: the weight of their distillation, see `Features`; above 0 it needs a teacher and `kept`, from
+        `features.survivors`.
     norm_batches: batch-norms are re-estimated on so many batches before the first and after the last step.
     training: further keywords of `training.fit`. epochs=0 only re-estimates and finishes.
+
+    After an interrupt the student has its final widths. Raises AjpqError as `fit` does.
     """
+    check_settings(
+        epochs=epochs, lr=lr, lowering=lowering, lift=lift, activations=activations, features=features,
+        distillation=teacher is not None, **training,
+    )  # fmt: skip
+    inner = None
+    if features and epochs:
+        if not kept:
+            raise AjpqError(
+                f"features are distilled on channels that survive, but {features=} and kept= is missing; give "
+                "kept=ajpq.features.survivors(network, policy) or use features=0"
+            )
+        inner = Features(student, teacher, kept, features)
+    if activations == "pact":
+        use_pact(student)
     recalibrate(student, islice(train, norm_batches))
     if epochs:
-        fit(student, train, epochs=epochs, lr=lr, teacher=teacher, on_epoch=on_epoch, seed=seed, **training)
+        lower = Lowering(student, lowering, lift) if lowering else None
+        try:
+            fit(
+                student, train, epochs=epochs, lr=lr, teacher=teacher, features=inner, change=lower, on_epoch=on_epoch,
+                seed=seed, **training,
+            )  # fmt: skip
+        finally:
+            if lower is not None:
+                lower.finish()
         recalibrate(student, islice(train, norm_batches))
     return freeze(student)

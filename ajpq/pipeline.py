@@ -17,6 +17,7 @@ from ajpq.console import Screen
 from ajpq.correction import correct
 from ajpq.data import take
 from ajpq.errors import AjpqError
+from ajpq.features import survivors
 from ajpq.files import remove_parts, write_text
 from ajpq.finetuning import finetune
 from ajpq.onnx_export import float_onnx
@@ -31,6 +32,7 @@ from ajpq.shipping import load, ship
 from ajpq.snapshot import STATE, check_same, fingerprint, keep
 from ajpq.training import accuracy, metrics, recalibrate
 
+TUNING = "finetune.pt"  # state of the fine-tuning, after every epoch
 ONNX_IMAGES = 128  # of the calibration split, for the ranges of residual sums
 
 
@@ -68,6 +70,8 @@ def run(cfg: DictConfig, folder: Path) -> None:
                 data.train,
                 teacher=teacher,
                 task=problem.task,
+                kept=survivors(network, result.policy),
+                checkpoint=folder / TUNING,
                 seed=cfg.seed,
                 **settings,
                 on_epoch=epochs(advance),
@@ -109,6 +113,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
         "machine": reporting.machine(),
     }
     write_text(folder / REPORT, json.dumps(report, indent=1, default=float))
+    (folder / TUNING).unlink(missing_ok=True)
     reporting.show(report, screen.console)
     screen.say(f"written to {folder}")
 
@@ -143,7 +148,7 @@ def _check_folder(folder: Path, resumed: bool) -> None:
             f"a new run must not replace the record of another, but {record} is there; continue it with "
             f"resume={folder} or choose another hydra.run.dir"
         )
-    for name in (STATE, SEARCH):
+    for name in (STATE, SEARCH, TUNING):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -23,13 +23,13 @@ from ajpq.draft import Draft
 from ajpq.errors import AjpqError
 from ajpq.network import Network
 from ajpq.policy import CompressionPolicy
+from ajpq.recipe import PRECISIONS
 from ajpq.space import SearchSpace
 from ajpq.surgery import kept_weights
 from ajpq.tasks import CLASSIFICATION, Task
 from ajpq.training import recalibrate
 
 Draw = Callable[[np.random.Generator], CompressionPolicy]
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def check_settings(*, steps: int = 0, lr: float = 0.02, precision: str = "float32", **others) -> None:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import islice
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ajpq.averaging import Average
 from ajpq.data import Batches
 from ajpq.errors import AjpqError
+from ajpq.features import Features
+from ajpq.recipe import PRECISIONS, check_settings
 from ajpq.tasks import CLASSIFICATION, Task
+from ajpq.training_state import TrainingState
 
 
 @torch.no_grad()
@@ -72,119 +78,178 @@ def recalibrate(model: nn.Module, batches: Batches) -> None:
                 norm.momentum = momentum
 
 
-def check_settings(
-    *, epochs: int = 0, lr: float = 0.1, warmup: float = 0.1, temperature: float = 4.0, distill: float = 0.5,
-    clip_grad: float | None = None, **others,
-) -> None:  # fmt: skip
-    """Raise AjpqError where `fit` would not take these settings; for callers that want to know before they spend
-    time.
-    """
-    rules = {
-        "epochs >= 0": epochs >= 0, "0 < lr < inf": 0 < lr < math.inf, "0 <= warmup < 1": 0 <= warmup < 1,
-        "temperature > 0": temperature > 0, "0 <= distill <= 1": 0 <= distill <= 1,
-        "clip_grad > 0": clip_grad is None or clip_grad > 0,
-    }  # fmt: skip
-    for rule, holds in rules.items():
-        if not holds:
-            settings = f"{epochs=}, {lr=}, {warmup=}, {temperature=}, {distill=}, {clip_grad=}"
-            raise AjpqError(f"`{rule}` must hold for training, but {settings}: change that setting.")
-
-
 def fit(
     model: nn.Module, batches: Batches, *, epochs: int, lr: float, momentum: float = 0.9, weight_decay: float = 5e-4,
     task: Task = CLASSIFICATION, warmup: float = 0.1, teacher: nn.Module | None = None, temperature: float = 4.0,
-    distill: float = 0.5, clip_grad: float | None = None, scale_lr: float = 1.0,
+    distill: float = 0.5, features: Features | None = None, clip_grad: float | None = None, scale_lr: float = 1.0,
+    precision: str = "float32", accumulate: int = 1, ema: float | None = None, max_skips: int = 10,
+    change: Callable[[int, int], Sequence[Tensor]] | None = None, checkpoint: Path | None = None,
     on_epoch: Callable[[int, dict], None] | None = None, seed: int = 0,
 ) -> list[dict]:  # fmt: skip
     """Train `model` in place by SGD with Nesterov momentum; a row per epoch: epoch, loss, train_accuracy (the task's
-    quality), seconds, lr.
+    quality), seconds, lr, skipped.
 
     The learning rate rises linearly over the first `warmup` (fraction of all steps) to `lr` and falls to 0 along a
-    cosine. Weight decay holds for parameters of two or more dimensions; those whose name ends in "scale" learn at `lr *
-    scale_lr`, without decay. teacher: a frozen network to learn from (Hinton et al. 2015, arXiv 1503.02531), with loss
-    = (1 - distill) * the task's loss + distill * its divergence from the teacher's outputs, softened by `temperature`.
-    clip_grad: the largest norm of the whole gradient. on_epoch(epoch, row): called after each epoch, counted from 1.
-    seed: of torch's global generator while training (dropout, unseeded loaders); it is put back afterwards. An
-        interrupt passes through and leaves the model as the last step made it. Raises AjpqError for bad settings, for
-    batches without images, and when the loss is not finite.
+    cosine. Weight decay holds for parameters of two or more dimensions, and those whose name ends in "clip"; those
+    whose name ends in "scale" learn at `lr * scale_lr`, without decay.
+    teacher: a frozen network to learn from (Hinton et al. 2015, arXiv 1503.02531), with loss = (1 - distill) * the
+        task's loss + distill * its divergence from the teacher's outputs, softened by `temperature`.
+    features: of the model and the teacher, whose distance is added to the loss.
+    clip_grad: the largest norm of the whole gradient.
+    precision: of forward and backward passes, "float32" or "bfloat16" (autocast).
+    accumulate: batches per step, as if they were one batch, but for batch-norms and the damping of activation steps
+        (LSQ), which see each by itself.
+    ema: the model ends as this moving average of its weights, see `Average`; re-estimate batch-norms then.
+    max_skips: a step whose loss or gradient is not finite is left out and counted in `skipped`, at most so many in a
+        row.
+    change: called before step `step` of `steps`, counted from 0; parameters that it returns were set anew, so their
+        momentum begins again, and the moving average of all weights.
+    checkpoint: a file for the state after every epoch, from which an interrupted training continues where `model`,
+        `batches` and settings are the same, and ends with the same bits. The caller removes it.
+    on_epoch(epoch, row): called after each epoch, counted from 1.
+    seed: of torch's global generator while training (dropout, unseeded loaders); it is put back afterwards.
+    An interrupt passes through and leaves the model as the last step made it. Raises AjpqError for bad settings, for
+    batches without images, for another training's checkpoint, and for too many skipped steps.
     """
-    check_settings(epochs=epochs, lr=lr, warmup=warmup, temperature=temperature, distill=distill, clip_grad=clip_grad)
+    chosen = {
+        "epochs": epochs, "lr": lr, "warmup": warmup, "temperature": temperature, "distill": distill,
+        "clip_grad": clip_grad, "precision": precision, "accumulate": accumulate, "ema": ema, "max_skips": max_skips,
+    }  # fmt: skip
+    check_settings(**chosen)
+    if features is not None and teacher is None:
+        raise AjpqError("Features can be learned only from a teacher, but there is none: give teacher=.")
     if epochs == 0:
         return []
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if not trainable:
-        raise AjpqError(
-            "Training needs at least one parameter that requires a gradient, but the model has none: "
-            "unfreeze it or use epochs=0."
-        )
-    scales = [p for name, p in trainable if name.endswith("scale")]
-    decayed = [p for name, p in trainable if not name.endswith("scale") and p.ndim > 1]
-    plain = [p for name, p in trainable if not name.endswith("scale") and p.ndim <= 1]
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay, "factor": 1.0},
-        {"params": plain, "weight_decay": 0.0, "factor": 1.0},
-        {"params": scales, "weight_decay": 0.0, "factor": scale_lr},
-    ]
-    optimizer = torch.optim.SGD(
-        [group for group in groups if group["params"]], lr=lr, momentum=momentum, nesterov=momentum > 0
-    )
-    device, steps = _device(model), epochs * _count(batches)
+    optimizer = _optimizer(model, lr, momentum, weight_decay, scale_lr)
+    trainable = [p for group in optimizer.param_groups for p in group["params"]]
+    device, steps = _device(model), epochs * math.ceil(_count(batches) / accumulate)
     rise = round(warmup * steps)
-    rows, step = [], 0
+    low = precision != "float32"
+    cast = torch.autocast(device.type, PRECISIONS[precision], enabled=low)
+    average = None if ema is None else Average(model, ema)
+    chosen |= {"momentum": momentum, "weight_decay": weight_decay, "scale_lr": scale_lr, "seed": seed, "steps": steps}
+    chosen |= {"teacher": teacher is not None, "features": 0.0 if features is None else features.weight}
+    state = TrainingState(model, batches, optimizer, average, chosen, device)
     rng = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    with rng, _modes(model, training=True), _modes(teacher, training=False):
+    with rng, _modes(model, training=True), _modes(teacher, training=False), features or nullcontext():
         torch.manual_seed(seed)
+        rows, skips = ([], 0) if checkpoint is None else state.load(checkpoint)
+        step = len(rows) * (steps // epochs)
         try:
-            for epoch in range(1, epochs + 1):
-                began, total, hits, images = time.perf_counter(), 0.0, 0, 0
-                for x, y in batches:
-                    x, y = x.to(device), y.to(device)  # (N, C, H, W), (N,)
+            for epoch in range(len(rows) + 1, epochs + 1):
+                began, total, hits, images, skipped, now = time.perf_counter(), 0.0, 0.0, 0, 0, None
+                for group in _groups(batches, accumulate):
                     fall = min(max(step - rise, 0) / max(steps - rise, 1), 1.0)
                     now = lr * (step + 1) / rise if step < rise else lr * 0.5 * (1 + math.cos(math.pi * fall))
-                    for group in optimizer.param_groups:
-                        group["lr"] = now * group["factor"]
+                    for parameters in optimizer.param_groups:
+                        parameters["lr"] = now * parameters["factor"]
+                    anew = () if change is None else change(step, steps)
+                    for parameter in anew:
+                        optimizer.state.pop(parameter, None)
+                    if anew and average is not None:
+                        average.restart()
 
-                    outputs = model(x)  # (N, ...)
-                    loss = task.losses(outputs, y).mean()  # ()
-                    if teacher is not None:
-                        with torch.no_grad():
-                            target = teacher(x)  # (N, ...)
-                        loss = (1 - distill) * loss + distill * task.divergences(outputs, target, temperature).mean()
-                    if not torch.isfinite(loss):
-                        raise AjpqError(
-                            f"The training loss must stay finite, but it is {loss.item()} at epoch {epoch}, step "
-                            f"{step}, with {lr=}: lower lr."
-                        )
                     optimizer.zero_grad(set_to_none=True)
-                    loss.backward()
-                    if clip_grad is not None:
-                        nn.utils.clip_grad_norm_([p for _, p in trainable], clip_grad)
-                    optimizer.step()
+                    size, mean, right = sum(len(y) for _, y in group), 0.0, 0.0
+                    for x, y in group:
+                        x, y = x.to(device), y.to(device)  # (N, C, H, W), (N,)
+                        with cast:
+                            outputs = model(x)  # (N, ...)
+                            with torch.no_grad():
+                                target = None if teacher is None else teacher(x)  # (N, ...)
+                        outputs = outputs.float() if low else outputs
+                        loss = task.losses(outputs, y).mean()  # ()
+                        if target is not None:
+                            soft = task.divergences(outputs, target.float() if low else target, temperature).mean()
+                            loss = (1 - distill) * loss + distill * soft
+                        if features is not None:
+                            loss = loss + features.loss()
+                        mean += loss.item() * len(y) / size
+                        if not math.isfinite(mean):
+                            break
+                        (loss * (len(y) / size)).backward()
+                        right += float(task.quality(outputs.detach(), y).sum())
+                    found = [p.grad for p in trainable if p.grad is not None]
+                    norm = nn.utils.get_total_norm(found) if math.isfinite(mean) else math.nan
 
+                    if math.isfinite(norm):
+                        if clip_grad is not None:
+                            nn.utils.clip_grads_with_norm_(trainable, clip_grad, norm)
+                        optimizer.step()
+                        if average is not None:
+                            average.update()
+                        images, total, hits, skips = images + size, total + mean * size, hits + right, 0
+                    else:
+                        skipped, skips = skipped + 1, skips + 1
+                        if skips > max_skips:
+                            raise AjpqError(
+                                f"The training loss and its gradient must stay finite, or fail for at most {max_skips=}"
+                                f" steps in a row, but the loss is {mean} at epoch {epoch}, step {step}, with {lr=}: "
+                                "lower lr."
+                            )
+                        _restart_norms(model)
                     step += 1
-                    images += len(y)
-                    total += loss.item() * len(y)
-                    hits += float(task.quality(outputs.detach(), y).sum())
-                if images == 0:
+                if now is None:
                     raise AjpqError(
                         f"Training needs images in every epoch, but epoch {epoch} has none: "
                         "give batches that can be iterated again."
                     )
-                seconds = time.perf_counter() - began
                 rows.append(
                     {
                         "epoch": epoch,
-                        "loss": total / images,
-                        "train_accuracy": hits / images,
-                        "seconds": seconds,
+                        "loss": total / images if images else math.nan,
+                        "train_accuracy": hits / images if images else math.nan,
+                        "seconds": time.perf_counter() - began,
                         "lr": now,
+                        "skipped": skipped,
                     }
                 )
+                if checkpoint is not None:
+                    state.save(checkpoint, rows, skips)
                 if on_epoch is not None:
                     on_epoch(epoch, rows[-1])
+            if average is not None:
+                average.apply()
         finally:
             optimizer.zero_grad(set_to_none=True)
     return rows
+
+
+def _optimizer(
+    model: nn.Module, lr: float, momentum: float, weight_decay: float, scale_lr: float
+) -> torch.optim.Optimizer:
+    groups: dict[str, dict] = {
+        "decayed": {"params": [], "weight_decay": weight_decay, "factor": 1.0},
+        "plain": {"params": [], "weight_decay": 0.0, "factor": 1.0},
+        "scales": {"params": [], "weight_decay": 0.0, "factor": scale_lr},
+    }
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            decayed = p.ndim > 1 or name.endswith("clip")
+            kind = "scales" if name.endswith("scale") else "decayed" if decayed else "plain"
+            groups[kind]["params"].append(p)
+    filled = [group for group in groups.values() if group["params"]]
+    if not filled:
+        raise AjpqError(
+            "Training needs at least one parameter that requires a gradient, but the model has none: "
+            "unfreeze it or use epochs=0."
+        )
+    return torch.optim.SGD(filled, lr=lr, momentum=momentum, nesterov=momentum > 0)
+
+
+def _groups(batches: Batches, size: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """`size` batches at a time; the last group of an epoch may be smaller."""
+    batches = iter(batches)
+    while group := list(islice(batches, size)):
+        yield group
+
+
+def _restart_norms(model: nn.Module) -> None:
+    """Begin running statistics again that a batch has made useless."""
+    for norm in model.modules():
+        if isinstance(norm, _BatchNorm) and norm.running_mean is not None:
+            if not (norm.running_mean.isfinite().all() and norm.running_var.isfinite().all()):
+                norm.reset_running_stats()
 
 
 @contextmanager

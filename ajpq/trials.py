@@ -16,6 +16,7 @@ from ajpq.console import Screen
 from ajpq.correction import correct
 from ajpq.data import Batches, Data, take
 from ajpq.errors import AjpqError
+from ajpq.features import survivors
 from ajpq.files import remove_parts, replacing, write_text
 from ajpq.finetuning import finetune
 from ajpq.policy import CompressionPolicy
@@ -85,11 +86,13 @@ class Tuner:
         """Accuracy on the test split after fine-tuning with a seed."""
         path = self.folder / f"{policy.digest()}-{self._settings}-{seed}.json"
         if not path.is_file():
-            found = {"test": self._tuned(policy, seed, title), "seed": seed, "finetune": dict(self.job.finetune)}
+            state = path.with_suffix(".pt")
+            found = {"test": self._tuned(policy, seed, title, state), "seed": seed, "finetune": dict(self.job.finetune)}
             write_text(path, json.dumps(found, indent=1))
+            state.unlink(missing_ok=True)
         return json.loads(path.read_text())["test"]
 
-    def _tuned(self, policy: CompressionPolicy, seed: int, title: str) -> float:
+    def _tuned(self, policy: CompressionPolicy, seed: int, title: str, state: Path) -> float:
         data = self._data = self._data or self._fresh()
         settings = dict(self.job.finetune)
         teacher = self.job.model if settings.pop("distillation") else None
@@ -103,6 +106,8 @@ class Tuner:
                 train,
                 teacher=teacher,
                 task=self.job.problem.task,
+                kept=survivors(self.job.network, policy),
+                checkpoint=state,
                 seed=seed,
                 **settings,
                 on_epoch=epochs(advance),

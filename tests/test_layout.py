@@ -21,6 +21,7 @@ ALLOWED = {
     "ajpq/preparing.py": {"hydra", "omegaconf"},
     "ajpq/comparing.py": {"hydra", "omegaconf"},
     "ajpq/varying.py": {"hydra", "omegaconf"},
+    "ajpq/profiling.py": {"hydra", "omegaconf"},
     "ajpq/resume.py": {"omegaconf"},
     "ajpq/testing/environments.py": {"gymnasium", "stable_baselines3"},
 }

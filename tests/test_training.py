@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ajpq.averaging import Average
 from ajpq.data import digits
 from ajpq.errors import AjpqError
 from ajpq.models import digits_cnn
@@ -196,7 +197,7 @@ def test_rows_and_callback():
     seen = []
     rows = fit(linear(), toy(3), epochs=2, lr=0.1, on_epoch=lambda epoch, row: seen.append((epoch, row)))
     assert seen == [(1, rows[0]), (2, rows[1])]
-    assert all(set(row) == {"epoch", "loss", "train_accuracy", "seconds", "lr"} for row in rows)
+    assert all(set(row) == {"epoch", "loss", "train_accuracy", "seconds", "lr", "skipped"} for row in rows)
     assert 0 <= rows[1]["train_accuracy"] <= 1 and rows[1]["seconds"] > 0 and rows[1]["loss"] < rows[0]["loss"]
 
 
@@ -232,12 +233,207 @@ def test_frozen_parameters_do_not_move():
 def test_loss_that_is_not_finite_is_an_error_with_its_place():
     (x, y), bad = toy(2), toy(1)[0]
     with pytest.raises(AjpqError, match=r"nan at epoch 1, step 2, with lr=0.1: lower lr"):
-        fit(linear(), [x, y, (bad[0] * float("nan"), bad[1])], epochs=3, lr=0.1)
+        fit(linear(), [x, y, (bad[0] * float("nan"), bad[1])], epochs=3, lr=0.1, max_skips=0)
+
+
+class Turns:
+    """Another list of batches in every epoch."""
+
+    def __init__(self, *epochs):
+        self.epochs, self.now = epochs, 0
+
+    def __len__(self):
+        return len(self.epochs[0])
+
+    def __iter__(self):
+        self.now += 1
+        return iter(self.epochs[self.now - 1])
+
+
+def states(model, batches, epochs, **settings):
+    """Rows of a training, and the parameters and buffers after each epoch."""
+    seen = []
+    rows = fit(
+        model, batches, epochs=epochs, lr=0.1, **settings,
+        on_epoch=lambda *_: seen.append({name: t.clone() for name, t in model.state_dict().items()}),
+    )  # fmt: skip
+    return rows, seen
+
+
+def test_a_step_with_a_loss_that_is_not_finite_is_skipped_and_leaves_the_weights_untouched():
+    (good,) = toy()
+    bad = (good[0] * math.nan, good[1])
+    model = nn.Sequential(linear(), nn.BatchNorm1d(4))
+    rows, seen = states(model, Turns([good], [bad], [good]), 3, ema=0.9)
+    assert [row["skipped"] for row in rows] == [0, 1, 0] and math.isfinite(rows[2]["loss"])
+    for name, _ in model.named_parameters():
+        assert torch.equal(seen[0][name], seen[1][name]) and not torch.equal(seen[1][name], seen[2][name])
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+
+
+class Root(Classification):
+    """A finite loss whose gradient is not, at outputs of 0."""
+
+    def losses(self, outputs, targets):
+        return outputs.square().sum(1).sqrt()
+
+
+@pytest.mark.parametrize("accumulate", (1, 2))
+def test_a_step_with_a_gradient_that_is_not_finite_is_skipped(accumulate):
+    model = linear()
+    for p in model.parameters():
+        nn.init.zeros_(p)
+    rows = fit(model, toy(6), epochs=1, lr=0.1, task=Root(), clip_grad=1.0, accumulate=accumulate)
+    assert rows[0]["skipped"] == 6 // accumulate and not any(p.any() for p in model.parameters())
+    with pytest.raises(AjpqError, match="at most max_skips=2 steps in a row.*step 2,"):
+        fit(model, toy(6), epochs=1, lr=0.1, task=Root(), max_skips=2)
+
+
+@pytest.mark.parametrize("sizes", ([8, 8, 8, 8], [8, 8, 3, 5, 7]), ids=["even", "uneven"])
+def test_accumulated_batches_are_one_larger_batch(sizes):
+    (x, y), (teacher, one, other) = toy(n=sum(sizes))[0], (linear(s) for s in (1, 0, 0))
+    parts = list(zip(x.split(sizes), y.split(sizes), strict=True))
+    pairs = [tuple(map(torch.cat, zip(*parts[i : i + 2], strict=True))) for i in range(0, len(parts), 2)]
+    settings = {"epochs": 4, "lr": 0.5, "teacher": teacher, "clip_grad": 0.2}
+    small, large = fit(one, parts, **settings, accumulate=2), fit(other, pairs, **settings)
+    assert torch.allclose(one.weight, other.weight, atol=1e-6) and not torch.allclose(one.weight, linear().weight)
+    for name in ("loss", "train_accuracy", "lr"):
+        assert [row[name] for row in small] == pytest.approx([row[name] for row in large], rel=1e-5)
+
+
+def test_average_of_a_linear_drift_lags_by_a_constant():
+    model, decay = linear(), 0.8
+    average = Average(model, decay)
+    with torch.no_grad():
+        for _ in range(200):
+            model.weight += 0.01
+            average.update()
+    weight, bias = model.weight.detach().clone(), model.bias.detach().clone()
+    average.apply()
+    assert torch.allclose(weight - model.weight, torch.full_like(weight, 0.01 * decay / (1 - decay)), atol=1e-4)
+    assert torch.equal(model.bias, bias)
+
+
+def test_training_ends_with_the_average_of_its_steps():
+    start, model = linear(), linear()
+    _, seen = states(model, toy(), 12, ema=0.5)  # one step an epoch
+    mean = start.weight.detach().clone()
+    for n, state in enumerate(seen):
+        decay = min(0.5, (1 + n) / (10 + n))
+        mean = decay * mean + (1 - decay) * state["weight"]
+    assert torch.allclose(model.weight, mean, atol=1e-6) and not torch.allclose(mean, seen[-1]["weight"])
+
+
+def test_a_change_begins_momentum_and_average_again():
+    """After it, the rest of a training without a schedule is that of the weights as they are."""
+
+    def change(step, steps):
+        if step != 1:
+            return []
+        with torch.no_grad():
+            model.weight.zero_()
+        return list(model.parameters())
+
+    model = linear()
+    _, seen = states(model, toy(), 2, ema=0.9, change=change, weight_decay=0.0, warmup=0)
+    x, y = toy()[0]
+    bias = seen[0]["bias"]
+    grad = (F.softmax(bias.expand(8, 4), 1) - F.one_hot(y, 4)).T @ x / 8
+    assert torch.allclose(seen[1]["weight"], -0.05 * 1.9 * grad, atol=1e-6)  # half way down the cosine
+    assert torch.allclose(model.weight, 0.9 * seen[1]["weight"], atol=1e-6)  # 1 - 1 / 10 of the way from zero
+
+
+def test_bfloat16_is_close_to_float32():
+    losses, weights = {}, {}
+    for precision in ("float32", "bfloat16"):
+        torch.manual_seed(0)
+        model = digits_cnn(width=4)
+        losses[precision] = fit(model, digits(seed=0).train, epochs=1, lr=0.05, precision=precision)[0]["loss"]
+        weights[precision] = model.conv1.weight.detach()
+        assert weights[precision].dtype == torch.float32
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)
+    assert not torch.equal(*weights.values()) and (weights["bfloat16"] - weights["float32"]).abs().max() < 0.05
+
+
+class Interrupt(Exception):
+    pass
+
+
+class Hidden:
+    """Batches of which nobody can tell how they draw their order."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __len__(self):
+        return len(self.inner)
+
+    def __iter__(self):
+        return iter(self.inner)
+
+
+def interrupt_after(epochs):
+    def on_epoch(epoch, row):
+        if epoch == epochs:
+            raise Interrupt
+
+    return on_epoch
+
+
+@pytest.mark.parametrize("loader", ("digits", "torch", "torch_seeded", "hidden"))
+def test_a_training_continued_ends_bit_equal(tmp_path, loader):
+    settings = {"epochs": 3, "lr": 0.05, "ema": 0.9, "seed": 5, "accumulate": 2}
+    path = tmp_path / "training.pt"
+
+    def parts():
+        torch.manual_seed(0)
+        model = digits_cnn(width=2)
+        model.linear = nn.Sequential(nn.Dropout(0.5), model.linear)
+        if loader == "digits":
+            return model, digits(seed=0, batch_size=200).train
+        if loader == "hidden":
+            return model, Hidden(digits(seed=0, batch_size=200).train)
+        batches = digits(seed=0, batch_size=200).calibration
+        own = torch.Generator().manual_seed(3) if loader == "torch_seeded" else None
+        images = torch.utils.data.TensorDataset(*(torch.cat(part) for part in zip(*batches, strict=True)))
+        return model, torch.utils.data.DataLoader(images, 64, shuffle=True, generator=own)
+
+    model, batches = parts()
+    rows = fit(model, batches, **settings)
+    broken, batches = parts()
+    with pytest.raises(Interrupt):
+        fit(broken, batches, **settings, checkpoint=path, on_epoch=interrupt_after(2))
+    again, batches = parts()
+    torch.manual_seed(99)
+    epochs = []
+    found = fit(again, batches, **settings, checkpoint=path, on_epoch=lambda epoch, _: epochs.append(epoch))
+    assert epochs == [3] and not torch.equal(broken.conv1.weight, model.conv1.weight)
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
+    assert [{**row, "seconds": 0} for row in found] == [{**row, "seconds": 0} for row in rows]
+    finished, batches = parts()
+    assert fit(finished, batches, **settings, checkpoint=path) == found  # the file of a whole training: nothing to do
+    assert torch.equal(finished.conv1.weight, model.conv1.weight)
+
+
+def test_a_checkpoint_of_another_training_is_refused(tmp_path):
+    path = tmp_path / "training.pt"
+    fit(linear(), toy(), epochs=2, lr=0.1, checkpoint=path)
+    with pytest.raises(AjpqError, match="lr was 0.1 in .* and is 0.2"):
+        fit(linear(), toy(), epochs=2, lr=0.2, checkpoint=path)
+    with pytest.raises(AjpqError, match="network that it had"):
+        fit(linear(features=3, classes=5), toy(), epochs=2, lr=0.1, checkpoint=path)
+    images = torch.utils.data.TensorDataset(*toy()[0])
+    with pytest.raises(AjpqError, match="0 generators and its batches have"):
+        seeded = torch.utils.data.DataLoader(images, 8, shuffle=True, generator=torch.Generator())
+        fit(linear(), seeded, epochs=2, lr=0.1, checkpoint=path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(AjpqError, match="cannot be read"):
+        fit(linear(), toy(), epochs=2, lr=0.1, checkpoint=path)
 
 
 @pytest.mark.parametrize("setting", [
     {"epochs": -1}, {"lr": 0.0}, {"lr": float("nan")}, {"lr": float("inf")}, {"warmup": 1.0}, {"temperature": 0.0},
-    {"distill": 1.1}, {"clip_grad": 0.0},
+    {"distill": 1.1}, {"clip_grad": 0.0}, {"precision": "float16"}, {"accumulate": 0}, {"ema": 1.0}, {"max_skips": -1},
 ])  # fmt: skip
 def test_settings_are_checked(setting):
     (name, value), *_ = setting.items()

@@ -1,0 +1,194 @@
+"""The job of `ajpq-profile`: how fast a network is on this machine, and the latency table that a search needs.
+
+ajpq-profile what=FOLDER                      # of a run: its model.onnx against the original
+ajpq-profile what=model model=skynet          # the configured model alone
+ajpq-profile table=FILE model=... data=...    # measures the table of that model; started again, it goes on
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from ajpq.console import Screen
+from ajpq.errors import AjpqError
+from ajpq.files import write_text
+from ajpq.latency import EMPTY, WHOLE, LatencyTable
+from ajpq.latency_points import Builder
+from ajpq.onnx_export import FILE, float_onnx
+from ajpq.shipping import FILE as PACKED
+from ajpq.shipping import load
+from ajpq.timing import Runner, Subject, Times, interleaved, runner
+from ajpq.tracing import trace
+
+MODEL, RESULT = "model", "profile.json"
+
+
+def run(cfg: DictConfig, folder: Path) -> None:
+    """Measure `cfg.what`, build `cfg.table`, or both. Raises AjpqError, before anything is measured, for bad settings.
+
+    Writes profile.json, with what was measured, to `folder`; the table goes where `cfg.table` says.
+    """
+    screen = Screen()
+    check_settings(cfg)
+    device = runner(cfg.runtime, cfg.threads)
+    if cfg.what is not None:
+        _compare(cfg, device, folder, screen)
+    if cfg.table is not None:
+        _build(cfg, device, screen)
+
+
+def check_settings(cfg: DictConfig) -> None:
+    """Raises AjpqError."""
+    if cfg.what is None and cfg.table is None:
+        raise AjpqError(
+            "ajpq-profile must be told what to do, but it is not; write what=FOLDER of a run, what=model, or table=FILE"
+        )
+    if cfg.table is not None and cfg.runtime == "cuda":
+        raise AjpqError("a latency table must be of a runtime of ONNX files, but the runtime is cuda; take onnxruntime")
+    for key, least in (("batch", 1), ("rounds", 5)):
+        if isinstance(cfg[key], bool) or not isinstance(cfg[key], int) or cfg[key] < least:
+            raise AjpqError(f"{key} must be a whole number of at least {least}, but it is {cfg[key]!r}; raise it")
+    if isinstance(cfg.seconds, bool) or not isinstance(cfg.seconds, int | float) or not cfg.seconds > 0:
+        raise AjpqError(f"seconds must be above 0, but it is {cfg.seconds!r}; write seconds=0.1")
+
+
+# -- what= ------------------------------------------------------------------------------------------------------------
+
+
+def _compare(cfg: DictConfig, device: Runner, folder: Path, screen: Screen) -> None:
+    cuda = cfg.runtime == "cuda"
+    with screen.stage("load"):
+        if cfg.what == MODEL:
+            images = _images(_image_shape(cfg), cfg.batch)
+            subjects = {"original": _subject(instantiate(cfg.model, _convert_="all"), images, cuda)}
+        else:
+            place = Path(cfg.what)
+            shipped = _onnx_in(place)
+            images = _images(_shape_in(shipped), cfg.batch)
+            original = instantiate(_model_of(place, cfg), _convert_="all")
+            subjects = {
+                "original": _subject(original, images, cuda),
+                "shipped": Subject(images.numpy(), shipped, load(place / PACKED) if cuda else None),
+            }
+        runs = {name: device.start(subject) for name, subject in subjects.items()}
+    with screen.stage("measure"):
+        found = interleaved(runs, cfg.rounds)
+    rows = {name: _row(times, cfg.batch) for name, times in found.items()}
+    if len(rows) > 1:
+        rows["ratio"] = _row(found["shipped"].over(found["original"]), 1)
+    screen.say(f"{device.device}, batch {cfg.batch}, {cfg.rounds} rounds in turns")
+    for name, row in rows.items():
+        unit = "of the original" if name == "ratio" else "ms per image"
+        screen.say(f"{name:<9} {row['median']:.4g} {unit}, quartiles {row['low']:.4g} to {row['high']:.4g}")
+    report = {"device": asdict(device.device), "batch": cfg.batch, "what": cfg.what, **rows}
+    write_text(folder / RESULT, json.dumps(report, indent=1))
+
+
+def _row(times: Times, batch: int) -> dict[str, float]:
+    low, high = times.quartiles
+    return {"median": times.median / batch, "low": low / batch, "high": high / batch}
+
+
+def _subject(model: nn.Module, images: torch.Tensor, cuda: bool) -> Subject:
+    """A float network as the runtime takes it."""
+    model = model.eval()
+    return Subject(images.numpy(), None if cuda else float_onnx(model, images), model if cuda else None)
+
+
+def _model_of(place: Path, cfg: DictConfig) -> Any:
+    """The configuration of the original: that of the run in the folder; without one, the present."""
+    path = place / ".hydra" / "config.yaml"
+    return OmegaConf.load(path).model if path.is_file() else cfg.model
+
+
+def _onnx_in(place: Path) -> bytes:
+    try:
+        return (place / FILE).read_bytes()
+    except OSError as error:
+        raise AjpqError(
+            f"what must be the folder of a run that shipped a {FILE}, or {MODEL}, but {place} has none "
+            f"({error.strerror}); run ajpq there with onnx=true"
+        ) from error
+
+
+def _shape_in(model: bytes) -> tuple[int, ...]:
+    """(C, H, W) that an ONNX model takes."""
+    dims = onnx.load_from_string(model).graph.input[0].type.tensor_type.shape.dim
+    return tuple(dim.dim_value for dim in dims[1:])
+
+
+def _image_shape(cfg: DictConfig) -> tuple[int, ...]:
+    """`cfg.image`; without it that of the data's images."""
+    if cfg.image is None:
+        return tuple(next(iter(instantiate(cfg.data, _convert_="all").calibration))[0].shape[1:])
+    said = OmegaConf.to_container(cfg.image) if OmegaConf.is_config(cfg.image) else cfg.image
+    if not isinstance(said, list) or len(said) != 3 or not all(isinstance(n, int) and n > 0 for n in said):
+        raise AjpqError(f"image must be three whole numbers, [C,H,W], but it is {said}; write image=[3,32,32]")
+    return tuple(said)
+
+
+def _images(shape: tuple[int, ...], batch: int) -> torch.Tensor:
+    return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
+
+
+# -- table= -----------------------------------------------------------------------------------------------------------
+
+
+def _build(cfg: DictConfig, device: Runner, screen: Screen) -> None:
+    with screen.stage("trace"):
+        network = trace(instantiate(cfg.model, _convert_="all").eval(), _images(_image_shape(cfg), 2))
+    builder = Builder(network, device, Path(cfg.table), cfg.batch, list(cfg.fractions), cfg.seconds)
+    total = len(builder.points) + 1
+    pending, known = builder.pending, total - len(builder.pending)
+    screen.say(f"{device.device}, batch {cfg.batch}, {' x '.join(map(str, builder.image))}: {total} points"
+               + (f", of which {known} are measured" if known else ""))  # fmt: skip
+    try:
+        if pending:
+            _measure(builder, pending, screen)
+        table = builder.finish()
+    except KeyboardInterrupt:
+        screen.say("to go on, give the same command again")
+        raise
+    screen.say(told(table))
+    screen.say(f"written to {builder.path}; search with costs=latency_table costs.latency.path={builder.path}")
+
+
+def _measure(builder: Builder, pending: list[str], screen: Screen) -> None:
+    """The first few points tell how long all will take."""
+    start, probes = time.perf_counter(), min(3, len(pending))
+    for key in pending[:probes]:
+        builder.measure(key)
+    left = (time.perf_counter() - start) / probes * (len(pending) - probes)
+    screen.say(f"{len(pending) - probes} points to measure, about {_duration(left)}; a build that is stopped goes on")
+    with screen.stage("table", len(pending)) as advance:
+        for done, key in enumerate(pending[probes:], probes + 1):
+            builder.measure(key)
+            advance(done, "")
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
+
+
+def told(table: LatencyTable) -> str:
+    """What the whole networks took, and how much of it their layers explain, each measured alone."""
+    lines = []
+    for precision, key in WHOLE.items():
+        ms, layers, empty = table.times[key][0], table.layer_sums[precision], table.times[EMPTY][0]
+        lines.append(
+            f"{precision}: {ms:.4g} ms per image; its layers, each alone, {layers:.4g}, an empty run {empty:.2g}, "
+            f"the rest {ms - layers - empty:+.2g}"
+        )
+    original = sum(float(grid[0, -1, -1]) for grid in table.grids.values())
+    lines.append(f"predicted of the original, with times that never fall: {original:.4g} ms")
+    return "\n".join(lines)

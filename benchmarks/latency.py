@@ -1,0 +1,127 @@
+"""Does a latency table foretell what a compressed network takes, and do MACs and bit operations?
+
+    python benchmarks/latency.py --out FOLDER                                  # 40 policies of each of three networks
+    python benchmarks/latency.py --out FOLDER --networks digits_cnn --policies 2 --seconds 0.02 --rounds 10
+
+Builds the table of every network in FOLDER, or takes it from there, then measures random policies on the same runtime,
+each in turns with the original. A policy prunes every space to a random multiple of `--round` channels and leaves a
+random share of its layers in float32; the others have 8 bits, as fewer take the same time. Of every predictor it prints
+the Spearman correlation with the measured milliseconds and the median relative error of the predicted ratio to the
+original; for the table also the error of its milliseconds. FOLDER/NETWORK.jsonl has a line per policy; a run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+
+from ajpq import models
+from ajpq.calibration import calibrate
+from ajpq.compression import compress, freeze
+from ajpq.console import Screen
+from ajpq.cost import BOPs, CostModel, MACs, total
+from ajpq.latency import LatencyTableCost
+from ajpq.latency_points import Builder
+from ajpq.network import Network
+from ajpq.onnx_export import float_onnx, to_onnx
+from ajpq.policy import CompressionPolicy
+from ajpq.timing import Subject, interleaved, runner
+from ajpq.tracing import trace
+
+NETWORKS = {
+    "resnet20": (models.resnet20, (3, 32, 32)),
+    "mobilenet_v1": (models.mobilenet_v1, (3, 224, 224)),
+    "skynet": (models.skynet, (3, 160, 320)),
+    "digits_cnn": (models.digits_cnn, (1, 8, 8)),
+}
+FRACTIONS = tuple(n / 8 for n in range(1, 9))
+
+
+def noise(shape: tuple[int, ...], n: int) -> torch.Tensor:
+    return torch.randn(n, *shape, generator=torch.Generator().manual_seed(0))
+
+
+def drawn(network: Network, random: np.random.Generator, step: int) -> CompressionPolicy:
+    """A random policy; how much it prunes and leaves in float differs from one to the next."""
+    least, floats = random.uniform(0.125, 1), random.choice([0.0, 0.0, random.uniform(0, 1)])
+    alive = np.ones(network.n_channels, bool)
+    for space in network.spaces:
+        if space.prunable:
+            kept = int(np.ceil(random.uniform(least, 1) * space.size / step) * step)
+            alive[random.permutation(space.channels)[kept:]] = False
+    widths = {layer.name: 32 if random.random() < floats else 8 for layer in network.layers}
+    policy = CompressionPolicy(
+        {layer.name: np.where(alive[layer.writes], widths[layer.name], 0).astype(np.uint8) for layer in network.layers},
+        widths,
+    )
+    policy.validate(network)
+    return policy
+
+
+def study(name: str, args: argparse.Namespace) -> None:
+    make, shape = NETWORKS[name]
+    torch.manual_seed(0)
+    device, images = runner(args.runtime, args.threads), noise(shape, args.batch)
+    network = trace(make().eval(), noise(shape, 2))
+    path = args.out / f"{name}.json"
+    builder, screen = Builder(network, device, path, args.batch, FRACTIONS, args.seconds), Screen()
+    with screen.stage(name, len(builder.pending)) as advance:
+        for done, key in enumerate(builder.pending, 1):
+            builder.measure(key)
+            advance(done, "")
+    builder.finish()
+    predictors: dict[str, CostModel] = {"table": LatencyTableCost(path), "MACs": MACs(), "BOPs": BOPs()}
+    ranges = calibrate(network, [(noise(shape, 8), None)])
+    whole = CompressionPolicy.homogeneous(network)
+    original = device.start(Subject(images.numpy(), float_onnx(network.module, images)))
+    record = path.with_suffix(".jsonl")
+    rows = [json.loads(line) for line in record.read_text().splitlines()] if record.is_file() else []
+    for seed in range(len(rows), args.policies):
+        policy = drawn(network, np.random.default_rng(seed), args.round)
+        model = to_onnx(freeze(compress(network, policy, ranges)), noise(shape, 8))
+        runs = {"original": original, "candidate": device.start(Subject(images.numpy(), model))}
+        found = interleaved(runs, args.rounds)
+        row = {key: times.median / args.batch for key, times in found.items()}
+        row["ratio"] = found["candidate"].over(found["original"]).median
+        for key, cost in predictors.items():
+            row[key] = total(cost, network, policy)
+            row[f"{key} ratio"] = row[key] / total(cost, network, whole)
+        rows.append(row)
+        with record.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(f"{name} {seed}: {row['candidate']:.4g} ms measured, {row['table']:.4g} predicted", flush=True)
+    table(name, rows[: args.policies], list(predictors))
+
+
+def table(name: str, rows: list[dict[str, float]], predictors: list[str]) -> None:
+    measured = {key: np.array([row[key] for row in rows]) for key in ("candidate", "ratio")}
+    low, high = min(measured["ratio"]), max(measured["ratio"])
+    print(f"\n{name}, {len(rows)} policies that take {low:.3f} to {high:.3f} of the original")
+    print("| predictor | Spearman | median error of the ratio | median error of the ms |\n|---|---|---|---|")
+    for key in predictors:
+        rank = spearmanr([row[key] for row in rows], measured["candidate"]).statistic
+        off = np.median(np.abs(np.array([row[f"{key} ratio"] for row in rows]) / measured["ratio"] - 1))
+        ms = np.median(np.abs(np.array([row[key] for row in rows]) / measured["candidate"] - 1))
+        print(f"| {key} | {rank:.3f} | {off:.3f} | {f'{ms:.3f}' if key == 'table' else ''} |")
+    print(flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for tables and results")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS)[:3])
+    parser.add_argument("--policies", type=int, default=40)
+    parser.add_argument("--runtime", default="onnxruntime")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--round", type=int, default=8, help="channels are kept in multiples of this")
+    parser.add_argument("--seconds", type=float, default=0.1, help="for a point of a table")
+    parser.add_argument("--rounds", type=int, default=40, help="of every policy")
+    arguments = parser.parse_args()
+    for each in arguments.networks:
+        study(each, arguments)

@@ -1,0 +1,228 @@
+"""Fine-tuning: widths that come down, features that come closer, clipping values, and an interrupt on the way."""
+
+import pytest
+import torch
+from nets import batches_of, model_of, network_of, random_policy
+from torch import nn
+
+from ajpq import quantize
+from ajpq.calibration import calibrate
+from ajpq.compression import compress, freeze
+from ajpq.data import digits
+from ajpq.errors import AjpqError
+from ajpq.features import Features, survivors
+from ajpq.finetuning import finetune
+from ajpq.layers import ActQuant, Geometry, QuantLayer
+from ajpq.lowering import Lowering
+from ajpq.pact import PactQuant, use_pact
+from ajpq.recipe import check_settings
+from ajpq.training import fit
+
+NETWORK = network_of("digits_cnn")
+POLICY = random_policy(NETWORK, 0, sparsity=0.3, act_bits=(3, 4))
+BATCHES = batches_of(NETWORK, count=4, size=16)
+
+
+def student():
+    return compress(NETWORK, POLICY, calibrate(NETWORK, BATCHES))
+
+
+def quantized(module):
+    return {name: part for name, part in module.named_modules() if isinstance(part, QuantLayer)}
+
+
+def widths(module):
+    return torch.cat([part.bits for part in quantized(module).values()])
+
+
+# -- lowering ---------------------------------------------------------------------------------------------------------
+
+
+def test_widths_come_down_by_a_bit_at_a_time_to_those_of_the_policy():
+    net = student()
+    final = widths(net).int()
+    lower = Lowering(net, share=0.5, lift=3)
+    seen = {}
+    for step in range(20):
+        lower(step, steps=20)
+        seen[step] = widths(net).int()
+    for step, lift in {0: 3, 3: 3, 4: 2, 6: 2, 7: 1, 9: 1, 10: 0, 19: 0}.items():
+        expected = torch.where(final < 8, (final + lift).clamp(max=8), final)
+        assert torch.equal(seen[step], expected), step
+    assert (final == 32).any() and (final == 1).any() and set(seen[0].tolist()) <= set(quantize.WIDTHS)
+
+
+def test_a_kernel_has_its_step_size_fitted_when_its_width_changes_and_only_then():
+    net = student()
+    layer = next(part for part in quantized(net).values() if 0 < (part.bits < 8).sum() < len(part.bits))
+    moving = layer.bits < 8
+    with torch.no_grad():
+        layer.scale.fill_(0.123)
+    lower = Lowering(net, share=0.5, lift=1)
+    assert any(scale is layer.scale for scale in lower(0, 10)) and lower(1, 10) == []
+    fitted = quantize.fit_scale(layer.weight, layer.bits)
+    assert torch.equal(layer.scale, torch.where(moving, fitted, torch.full_like(fitted, 0.123)))
+
+
+def test_lowering_ends_at_the_policy_and_an_interrupt_leaves_its_widths():
+    final, seen = widths(student()), []
+    net = student()
+    found = finetune(
+        net, BATCHES, epochs=4, lr=0.01, lowering=0.5, ema=0.9, on_epoch=lambda *_: seen.append(widths(net).clone())
+    )
+    assert [torch.equal(bits, final) for bits in seen] == [False, False, True, True]
+    assert torch.equal(torch.cat([part.bits for part in found.modules() if hasattr(part, "codes")]), final)
+
+    def stop(epoch, row):
+        raise KeyboardInterrupt
+
+    net = student()
+    with pytest.raises(KeyboardInterrupt):
+        finetune(net, BATCHES, epochs=4, lr=0.01, lowering=0.5, on_epoch=stop)
+    assert torch.equal(widths(net), final) and freeze(net)(BATCHES[0][0]).isfinite().all()
+
+
+# -- features ---------------------------------------------------------------------------------------------------------
+
+
+def test_survivors_are_the_channels_that_the_student_reads():
+    kept, net = survivors(NETWORK, POLICY), student()
+    names = [layer.name for layer in NETWORK.layers]
+    assert names[-1] in kept and 1 < len(kept) < len(names)
+    alive = POLICY.alive(NETWORK)
+    for name, channels in kept.items():
+        assert net.get_submodule(name).weight.shape[1] == len(channels) == alive[NETWORK[name].reads].sum()
+
+
+def test_feature_loss_in_closed_form():
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    kept = torch.tensor([0, 2, 3])
+    small = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
+    small[0].weight.data, small[0].bias.data = teacher[0].weight.data[kept].clone(), teacher[0].bias.data[kept].clone()
+    x = torch.randn(5, 3)
+    with Features(small, teacher, {"2": kept}, weight=2.0) as features:
+        small(x), teacher(x)
+        assert features.loss().item() == 0
+        with torch.no_grad():
+            small[0].weight *= 3
+            small[0].bias *= 3
+        small(x), teacher(x)
+        assert features.loss().item() == pytest.approx(2.0 * 2**2, rel=1e-5)  # (3 t - t)^2 / t^2
+    assert not any(part._forward_pre_hooks for net in (small, teacher) for part in net.modules())
+
+
+def distance(net, teacher, kept):
+    with Features(net, teacher, kept, 1.0) as features, torch.no_grad():
+        found = []
+        for x, _ in BATCHES:
+            net(x), teacher(x)
+            found.append(features.loss().item())
+    return sum(found) / len(found)
+
+
+def test_distilled_features_come_closer():
+    teacher, kept, found = model_of("digits_cnn"), survivors(NETWORK, POLICY), {}
+    for weight in (0.0, 5.0):
+        net = student()
+        finetune(net, BATCHES, epochs=6, lr=0.02, teacher=teacher, features=weight, kept=kept)
+        found[weight] = distance(net, teacher, kept)
+    assert found[5.0] < 0.8 * found[0.0]
+
+
+def test_features_need_a_teacher_and_the_channels():
+    with pytest.raises(AjpqError, match="there is no teacher"):
+        finetune(student(), BATCHES, epochs=1, features=1.0, kept=survivors(NETWORK, POLICY))
+    with pytest.raises(AjpqError, match="kept= is missing"):
+        finetune(student(), BATCHES, epochs=1, features=1.0, teacher=model_of("digits_cnn"))
+    with pytest.raises(AjpqError, match="there is no teacher"):
+        check_settings(features=1.0, distillation=False)
+
+
+# -- activations ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signed", (False, True))
+def test_pact_has_the_values_of_the_quantizer_and_the_gradients_of_clipping(signed):
+    act = ActQuant(4, signed, torch.tensor(0.1), learned=True)
+    pact, x = PactQuant(act), torch.linspace(-3, 3, 101, requires_grad=True)
+    low, high = (-0.8, 0.7) if signed else (0.0, 1.5)
+    assert torch.allclose(pact(x), act(x), atol=1e-6) and pact.clip.item() == pytest.approx(high)
+    pact(x).sum().backward()
+    inside = (x >= low) & (x <= high)
+    assert torch.equal(x.grad, inside.float())
+    below = (x < low).sum().item() * low / high
+    assert pact.clip.grad.item() == pytest.approx((x > high).sum().item() + below, rel=1e-5)
+
+
+def test_pact_networks_train_freeze_and_keep_their_outputs():
+    net, plain = student(), student()
+    use_pact(net)
+    x = BATCHES[0][0]
+    assert torch.allclose(net(x), plain(x), atol=1e-4)
+    net = student()
+    final = finetune(net, BATCHES, epochs=2, lr=0.02, activations="pact")
+    assert any(isinstance(part, PactQuant) for part in net.modules())
+    assert not any(isinstance(part, PactQuant) for part in final.modules())
+    assert (final(x) - net.eval()(x)).abs().median() < 1e-3  # float16 moves few activations over a threshold
+
+
+def test_clipping_values_decay_and_step_sizes_do_not():
+    for pact, factor in ((True, 1 - 0.1 * 0.5), (False, 1.0)):
+        act = ActQuant(4, False, torch.tensor(100.0), learned=True)  # clips nothing, so only decay can move it
+        layer = QuantLayer(
+            torch.zeros(4, 3),
+            None,
+            torch.full((4,), 32),
+            torch.ones(4),
+            Geometry(conv=False),
+            PactQuant(act) if pact else act,
+        )
+        x = torch.zeros(4, 3)
+        fit(layer, [(x, torch.arange(4))], epochs=1, lr=0.1, momentum=0.0, weight_decay=0.5, warmup=0)
+        assert layer.act.scale.item() == pytest.approx(100.0 * factor)
+
+
+# -- together ---------------------------------------------------------------------------------------------------------
+
+
+def test_bfloat16_trains_a_compressed_network_close_to_float32():
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        rows = []
+        finetune(
+            student(), BATCHES, epochs=2, lr=0.01, precision=precision, lowering=0.5, teacher=model_of("digits_cnn"),
+            on_epoch=lambda epoch, row, rows=rows: rows.append(row),
+        )  # fmt: skip
+        losses[precision] = [row["loss"] for row in rows]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.1) and losses["bfloat16"] != losses["float32"]
+
+
+@pytest.mark.parametrize("activations", ("lsq", "pact"))
+def test_fine_tuning_continued_after_an_interrupt_ends_bit_equal(tmp_path, activations):
+    settings = {
+        "epochs": 3, "lr": 0.02, "teacher": model_of("digits_cnn"), "lowering": 0.8, "ema": 0.9, "norm_batches": 2,
+        "features": 0.5, "kept": survivors(NETWORK, POLICY), "activations": activations,
+    }  # fmt: skip
+
+    def train():
+        return digits(seed=0, batch_size=256).train
+
+    def stop(epoch, row):
+        raise KeyboardInterrupt
+
+    whole = finetune(student(), train(), **settings).state_dict()
+    path = tmp_path / "finetune.pt"
+    with pytest.raises(KeyboardInterrupt):
+        finetune(student(), train(), **settings, checkpoint=path, on_epoch=stop)
+    again = finetune(student(), train(), **settings, checkpoint=path).state_dict()
+    assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+@pytest.mark.parametrize("setting", [
+    {"lowering": 1.0}, {"lift": 0}, {"features": -1.0}, {"activations": "relu"}, {"ema": 1.5},
+])  # fmt: skip
+def test_settings_are_checked(setting):
+    (name, value), *_ = setting.items()
+    with pytest.raises(AjpqError, match=f"`.*{name}.*` must hold.*{name}={value}"):
+        finetune(student(), BATCHES, epochs=1, teacher=model_of("digits_cnn"), **setting)

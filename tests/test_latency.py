@@ -1,0 +1,271 @@
+"""The latency table: what it predicts, what it refuses, and how it is built."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+import numpy as np
+import pytest
+import torch
+from hydra.utils import instantiate
+from nets import images_of, network_of, random_policy, traced
+from test_timing import settings
+from torch import nn
+
+from ajpq import profiling
+from ajpq.architecture import check_differentiable
+from ajpq.budget import Budget
+from ajpq.cost import Load, loads_of, total
+from ajpq.errors import AjpqError
+from ajpq.explain import CONF
+from ajpq.latency import EMPTY, WHOLE, LatencyTable, LatencyTableCost, layer_grids, never_falling
+from ajpq.latency_points import Builder
+from ajpq.network import Network
+from ajpq.one_layer import PRECISIONS, Point
+from ajpq.policy import CompressionPolicy
+from ajpq.testing import check_cost_model
+from ajpq.testing.problems import small_network
+from ajpq.timing import runner
+
+FRACTIONS = (0.25, 0.5, 1.0)
+
+
+def rising(point: Point) -> float:
+    """ms that rise with everything."""
+    return 1e-3 * (5 + point.inputs * point.outputs + 3 * point.outputs) * (2 if point.precision == "float32" else 1)
+
+
+def made(
+    network: Network, path: Path, ms: Callable[[Point], float] = rising, whole: float = 1.0, empty: float = 0.0
+) -> LatencyTable:
+    """A table whose times a formula gives. whole: time of a whole network over the sum of its layers'."""
+    layers = layer_grids(network, FRACTIONS)
+    times = {EMPTY: (empty,) * 3}
+    for precision, key in WHOLE.items():
+        points = [p for layer in layers for row in layer.points(precision) for calls in row for p in calls]
+        times |= {str(point): (ms(point),) * 3 for point in points}
+        full = sum(ms(p) for layer in layers for p in layer.points(precision)[-1][-1])
+        times[key] = (whole * full + empty,) * 3
+    table = LatencyTable(runner("onnxruntime").device, 1, tuple(network.example.shape[1:]), layers, times)
+    table.write(path)
+    return table
+
+
+def load(network: Network, name: str, inputs: float, kept: float, bits: float = 8, act_bits: float = 8) -> Load:
+    """A load of so many inputs and kernels; all tensors need gradients."""
+    layer = network[name]
+    alive = (torch.arange(layer.c_out) < kept).double()
+
+    def leaf(value: torch.Tensor | float) -> torch.Tensor:
+        return torch.as_tensor(value, dtype=torch.float64).clone().requires_grad_(True)
+
+    first = layer is network.layers[0]
+    return Load(layer, leaf(inputs), leaf(alive), leaf(bits * alive), leaf(act_bits), leaf(0.0), first)
+
+
+def three_layers(shape: tuple[int, ...] = (3, 8, 8)) -> Network:
+    return traced(
+        lambda m, x: m.last(torch.relu(m.b(torch.relu(m.a(x)))).mean((2, 3))), shape,
+        a=nn.Conv2d(3, 16, 3), b=nn.Conv2d(16, 32, 3), last=nn.Linear(32, 10),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def net() -> Network:
+    return three_layers()
+
+
+# -- predictions ------------------------------------------------------------------------------------------------------
+
+
+def test_exact_at_grid_points_and_bilinear_between(net: Network, tmp_path: Path) -> None:
+    table = made(net, tmp_path / "t.json")
+    cost, layer = LatencyTableCost(tmp_path / "t.json"), table.layers[1]
+    assert (list(layer.inputs), list(layer.outputs)) == ([8, 16], [8, 16, 32])
+    for p, bits in enumerate((32, 8)):
+        for i in layer.inputs:
+            for o in layer.outputs:
+                told = rising(Point(layer.calls[0], i, o, PRECISIONS[p]))
+                assert cost([load(net, "b", i, o, bits, bits)]).item() == pytest.approx(told, rel=1e-12)
+        between = rising(Point(layer.calls[0], 11, 27, PRECISIONS[p]))  # the formula is bilinear itself
+        assert cost([load(net, "b", 11, 27, bits, bits)]).item() == pytest.approx(between, rel=1e-12)
+    assert cost([load(net, "b", 8, 8)]).item() == cost([load(net, "b", 2, 3)]).item(), "constant below the grid"
+
+
+@pytest.mark.parametrize("whole", [0.8, 1.0, 1.5])
+def test_whole_networks_are_predicted_as_measured(whole: float, net: Network, tmp_path: Path) -> None:
+    table = made(net, tmp_path / "t.json", whole=whole, empty=0.25)
+    cost = LatencyTableCost(tmp_path / "t.json")
+    for bits, precision in ((32, "float32"), (8, "int8")):
+        policy = CompressionPolicy.homogeneous(net, bits, bits)
+        assert total(cost, net, policy) == pytest.approx(table.times[WHOLE[precision]][0], rel=1e-9)
+
+
+def test_layer_is_int8_only_if_all_of_it_is(net: Network, tmp_path: Path) -> None:
+    made(net, tmp_path / "t.json")
+    cost = LatencyTableCost(tmp_path / "t.json")
+    int8, real = (cost([load(net, "b", 16, 32, bits, bits)]).item() for bits in (8, 32))
+    assert real == pytest.approx(2 * int8)
+    mixed = load(net, "b", 16, 32)
+    with torch.no_grad():
+        mixed.weight_bits[3] = 32
+    assert cost([mixed]).item() == pytest.approx(real)
+    assert cost([load(net, "b", 16, 32, 1, 32)]).item() == pytest.approx(real)
+    assert cost([load(net, "b", 16, 32, 2, 4)]).item() == pytest.approx(int8)
+    assert int8 < cost([load(net, "b", 16, 32, 20, 8)]).item() < real, "expected widths lie between"
+
+
+def test_gradients_are_slopes(net: Network, tmp_path: Path) -> None:
+    made(net, tmp_path / "t.json")
+    cost = LatencyTableCost(tmp_path / "t.json")
+    one = load(net, "b", 12, 20)
+    cost([one]).sum().backward()
+    assert one.inputs.grad.item() == pytest.approx(1e-3 * 20)
+    assert one.kept.grad.tolist() == pytest.approx([1e-3 * (12 + 3)] * 32)
+    wide = load(net, "b", 12, 32, bits=20)
+    cost([wide]).sum().backward()
+    assert wide.weight_bits.grad.sum().item() == pytest.approx(1e-3 * (5 + 15 * 32) / 24)
+    check_differentiable("latency", cost, loads_of(net, CompressionPolicy.homogeneous(net)))
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_cost_keeps_the_rules_of_costs_whatever_was_measured(seed: int | None, tmp_path: Path) -> None:
+    network, random = small_network(), np.random.default_rng(seed)
+    noise: dict[str, float] = {}
+    made(network, tmp_path / "t.json", rising if seed is None else
+         lambda point: noise.setdefault(str(point), float(random.uniform(0.01, 1))), whole=1.2, empty=0.1)  # fmt: skip
+    check_cost_model(LatencyTableCost(tmp_path / "t.json"), network)
+
+
+def test_never_falling() -> None:
+    for seed in range(20):
+        grid = np.random.default_rng(seed).uniform(0.1, 1, (2, 3, 4))
+        found = never_falling(grid)
+        assert (
+            (np.diff(found, axis=1) >= 0).all() and (np.diff(found, axis=2) >= 0).all() and (found[0] >= found[1]).all()
+        )
+        np.testing.assert_allclose(never_falling(found), found, rtol=1e-12)
+        assert found.min() >= grid.min() - 1e-12 and found.max() <= grid.max() + 1e-12
+    steps = np.array([[[2.0, 1.0]], [[0.5, 0.5]]])
+    np.testing.assert_allclose(never_falling(steps), [[[2**0.5, 2**0.5]], [[0.5, 0.5]]])
+
+
+def test_grids_keep_to_multiples_and_groups() -> None:
+    network = traced(
+        lambda m, x: m.e(m.d(m.g(m.a(x)))),
+        a=nn.Conv2d(3, 24, 1), g=nn.Conv2d(24, 48, 1, groups=3), d=nn.Conv2d(48, 96, 3, groups=48),
+        e=nn.Conv2d(96, 9, 1),
+    )  # fmt: skip
+    grids = {grid.name: (list(grid.inputs), list(grid.outputs)) for grid in layer_grids(network, [0.3, 0.5, 1])}
+    assert grids["a"] == ([3], [8, 16, 24])
+    assert grids["g"] == ([8], [24, 48])
+    assert grids["d"] == ([1], [32, 48, 96])
+    assert grids["e"] == ([32, 48, 96], [9]), "what cannot be pruned is measured whole"
+
+
+# -- refused ----------------------------------------------------------------------------------------------------------
+
+
+def test_table_of_another_network_is_refused(net: Network, tmp_path: Path) -> None:
+    made(net, tmp_path / "t.json")
+    cost = LatencyTableCost(tmp_path / "t.json")
+    other = network_of("digits_cnn")
+    with pytest.raises(AjpqError, match="is not in it"):
+        total(cost, other, CompressionPolicy.homogeneous(other))
+    larger = three_layers((3, 12, 12))
+    with pytest.raises(AjpqError, match=r"'a' has out_hw \[10, 10\] now and \[6, 6\] there"):
+        total(cost, larger, CompressionPolicy.homogeneous(larger))
+
+
+@pytest.mark.parametrize(("key", "value"), [("processor", "Z80"), ("version", "0.1"), ("runtime", "openvino_x")])
+def test_table_of_another_device_is_refused(key: str, value: str, net: Network, tmp_path: Path) -> None:
+    made(net, tmp_path / "t.json")
+    plain = json.loads((tmp_path / "t.json").read_text())
+    plain["device"][key] = value
+    (tmp_path / "t.json").write_text(json.dumps(plain))
+    with pytest.raises(AjpqError):
+        LatencyTableCost(tmp_path / "t.json")
+    named = LatencyTableCost(tmp_path / "t.json", device=plain["device"]["processor"])
+    assert total(named, net, CompressionPolicy.homogeneous(net)) > 0
+    with pytest.raises(AjpqError, match="device that is named"):
+        LatencyTableCost(tmp_path / "t.json", device="6502")
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"version": 0}', '{"version": 1, "device": {}}', "[1]"])
+def test_what_is_no_table_is_refused(text: str, tmp_path: Path) -> None:
+    with pytest.raises(AjpqError, match="must be a readable file"):
+        LatencyTableCost(tmp_path / "t.json")
+    (tmp_path / "t.json").write_text(text)
+    with pytest.raises(AjpqError, match="a latency table must be"):
+        LatencyTableCost(tmp_path / "t.json")
+
+
+# -- building ---------------------------------------------------------------------------------------------------------
+
+
+def builder(network: Network, path: Path, fractions: tuple[float, ...] = (1.0,), batch: int = 1) -> Builder:
+    return Builder(network, runner("onnxruntime"), path, batch, fractions, 0.001)
+
+
+def test_killed_build_measures_nothing_twice(net: Network, tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    first = builder(net, path)
+    todo = first.pending
+    assert len(todo) == 2 * 3 + 1 and EMPTY in todo
+    for key in todo[:3]:
+        first.measure(key)
+    known = dict(first.times)
+    with first.log.open("a") as file:
+        file.write('["a line that the kill')
+    again = builder(net, path)
+    assert again.times == known and again.pending == todo[3:]
+    for key in again.pending:
+        again.measure(key)
+    keys = [json.loads(line)[0] for line in again.log.read_text().splitlines()[1:]]
+    assert len(keys) == len(set(keys)) == 6 + 3
+    table = again.finish()
+    assert [p.name for p in tmp_path.iterdir()] == ["t.json"]
+    assert all(low <= ms <= high for ms, low, high in table.times.values())
+    assert all(ms > 0 for ms, *_ in table.times.values())
+    cost, original = LatencyTableCost(path), CompressionPolicy.homogeneous(net)
+    assert total(cost, net, original) >= total(cost, net, CompressionPolicy.homogeneous(net, 8, 8)) > 0
+
+
+def test_finished_table_is_completed(net: Network, tmp_path: Path) -> None:
+    made(net, tmp_path / "t.json")
+    assert builder(net, tmp_path / "t.json", FRACTIONS).pending == []
+    more = builder(net, tmp_path / "t.json", (*FRACTIONS, 0.75)).pending
+    assert more and all("24" in key for key in more)
+
+
+def test_table_of_something_else_is_not_replaced(net: Network, tmp_path: Path) -> None:
+    made(net, tmp_path / "t.json")
+    with pytest.raises(AjpqError, match="of another network;"):
+        builder(traced(lambda m, x: m.a(x), a=nn.Conv2d(3, 16, 3)), tmp_path / "t.json")
+    with pytest.raises(AjpqError, match="of another image"):
+        builder(network_of("digits_cnn"), tmp_path / "t.json")
+    with pytest.raises(AjpqError, match="of another batch, 1 and not 4"):
+        builder(net, tmp_path / "t.json", batch=4)
+    started = builder(net, tmp_path / "u.json")
+    started.measure(next(key for key in started.pending if "linear 1x1" in key))
+    with pytest.raises(AjpqError, match=r"u.json.points is of another batch"):
+        builder(net, tmp_path / "u.json", batch=4)
+
+
+def test_command_builds_and_search_is_limited(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "tables" / "digits.json"
+    cfg = settings(f"table={path}", "image=[1,8,8]", "seconds=0.001", "fractions=[1]")
+    profiling.run(cfg, tmp_path)
+    said = capsys.readouterr().out
+    assert "points to measure, about" in said and "written to" in said and "table 17/17" in said
+    profiling.run(cfg, tmp_path)
+    assert "to measure" not in capsys.readouterr().out
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        costs = instantiate(hydra.compose("config", ["costs=latency_table", f"costs.latency.path={path}"]).costs)
+    network = network_of("digits_cnn")
+    assert {"size", "macs", "latency"} <= set(costs)
+    low = random_policy(network, 0, widths=(4,), act_bits=(8,))
+    budget = Budget(network, costs, {"latency": 1.0}, low)
+    assert 0 < budget.ratios(low)["latency"] <= 1 and budget.costs["latency"].unit == "ms"
+    assert images_of("digits_cnn").shape[1:] == LatencyTable.read(path).image
