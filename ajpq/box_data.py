@@ -14,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ajpq.data import Data
+from ajpq.epochs import batches_in, begun, restarted, seeded
 from ajpq.errors import AjpqError
 
 Labelled = dict[Path, list[tuple[float, float, float, float]]]  # image -> corners x1, y1, x2, y2 in pixels
@@ -37,19 +38,17 @@ class BoxBatches:
             raise AjpqError(f"`batch_size >= 1` must hold, but {batch_size=}: give the number of images per batch.")
         self.images, self.boxes, self.batch_size = images, boxes, batch_size
         self.mean, self.std, self.move, self.light = mean, std, move, light
-        self._epochs = None if shuffle is None else torch.Generator().manual_seed(shuffle)
+        self._epochs = seeded(shuffle)
 
     def part(self, chosen: Tensor) -> BoxBatches:
         """The same over some of the images: their numbers (n,)."""
         twin = copy.copy(self)
         twin.images, twin.boxes = self.images[chosen], self.boxes[chosen]
-        if self._epochs is not None:
-            twin._epochs = torch.Generator().manual_seed(self._epochs.initial_seed())
+        twin._epochs = restarted(self._epochs)
         return twin
 
     def __len__(self) -> int:
-        whole, rest = divmod(len(self.images), self.batch_size)
-        return whole + (rest > 0 and (self._epochs is None or whole == 0))
+        return batches_in(len(self.images), self.batch_size, self._epochs)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self._epochs is None:
@@ -58,7 +57,7 @@ class BoxBatches:
             ):
                 yield self._normalised(images.float()), boxes
             return
-        epoch = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=self._epochs)))
+        epoch = begun(self._epochs)
         order = torch.randperm(len(self.images), generator=epoch)
         for chosen in order.split(self.batch_size)[: len(self)]:
             images, boxes = self._augmented(self.images[chosen], self.boxes[chosen], epoch)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, RandomSampler, Subset
 
 from ajpq.cifar_files import CIFAR10, CIFAR100, Kind, Source, fetch, open_cifar
+from ajpq.epochs import batches_in, begun, restarted, seeded
 from ajpq.errors import AjpqError
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # images (N, C, H, W) float32, labels (N,) int64
@@ -111,19 +112,17 @@ class ImageBatches:
         self.images, self.labels, self.batch_size, self.pad, self.flip = images, labels, batch_size, pad, flip
         self._mean = torch.tensor(mean).view(1, -1, 1, 1) * scale
         self._std = torch.tensor(std).view(1, -1, 1, 1) * scale
-        self._epochs = None if shuffle is None else torch.Generator().manual_seed(shuffle)
+        self._epochs = seeded(shuffle)
 
     def part(self, chosen: Tensor) -> ImageBatches:
         """The same over some of the images: their numbers (n,)."""
         twin = copy.copy(self)
         twin.images, twin.labels = self.images[chosen], self.labels[chosen]
-        if self._epochs is not None:
-            twin._epochs = torch.Generator().manual_seed(self._epochs.initial_seed())
+        twin._epochs = restarted(self._epochs)
         return twin
 
     def __len__(self) -> int:
-        whole, rest = divmod(len(self.images), self.batch_size)
-        return whole + (rest > 0 and (self._epochs is None or whole == 0))
+        return batches_in(len(self.images), self.batch_size, self._epochs)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self._epochs is None:
@@ -132,8 +131,7 @@ class ImageBatches:
             ):
                 yield self._normalise(images), labels
             return
-        # An epoch draws from its own generator, so one that is abandoned half-way does not change the next.
-        epoch = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=self._epochs)))
+        epoch = begun(self._epochs)
         order = torch.randperm(len(self.images), generator=epoch)
         for chosen in order.split(self.batch_size)[: len(self)]:
             yield self._normalise(self._augment(self.images[chosen], epoch)), self.labels[chosen]

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
+from ajpq.epochs import batches_in, begun, restarted, seeded
 from ajpq.errors import AjpqError
 
 UNREADABLE = 0.01  # of the images, at most
@@ -115,7 +116,7 @@ class PictureBatches:
     ) -> None:  # fmt: skip
         self.pictures, self.images, self.batch_size, self.transform = pictures, images, batch_size, transform
         self.mean, self.std, self.workers = list(mean), list(std), workers
-        self._epochs = None if shuffle is None else torch.Generator().manual_seed(shuffle)
+        self._epochs = seeded(shuffle)
 
     @property
     def labels(self) -> Tensor:
@@ -125,20 +126,17 @@ class PictureBatches:
         """The same over some of the images: their places (n,) in `images`."""
         twin = copy.copy(self)
         twin.images = self.images[chosen]
-        if self._epochs is not None:
-            twin._epochs = torch.Generator().manual_seed(self._epochs.initial_seed())
+        twin._epochs = restarted(self._epochs)
         return twin
 
     def __len__(self) -> int:
-        whole, rest = divmod(len(self.images), self.batch_size)
-        return whole + (rest > 0 and (self._epochs is None or whole == 0))
+        return batches_in(len(self.images), self.batch_size, self._epochs)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self._epochs is None:
             keys = [(number, None) for number in self.images.tolist()]
         else:
-            # An epoch draws from its own generator, so one that is abandoned half-way does not change the next.
-            epoch = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=self._epochs)))
+            epoch = begun(self._epochs)
             order = self.images[torch.randperm(len(self.images), generator=epoch)].tolist()
             seeds = torch.randint(2**62, (len(order),), generator=epoch).tolist()
             keys = list(zip(order, seeds, strict=True))
