@@ -79,6 +79,8 @@ def freeze(student: fx.GraphModule) -> fx.GraphModule:
         module = old.get_submodule(name)
         if isinstance(module, _LAYERS):
             old.set_submodule(name, _frozen(module, None, None))
+        elif isinstance(module, ActQuant):
+            old.set_submodule(name, _fixed(module))
     for tensor in old.parameters():
         tensor.requires_grad_(False)
     old.delete_all_unused_submodules()
@@ -100,12 +102,16 @@ def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
     return gain, (0 if norm.bias is None else norm.bias) - norm.running_mean * gain
 
 
+def _fixed(act: nn.Module) -> ActQuant:
+    return ActQuant(act.bits, act.signed, act.scale, learned=False)
+
+
 def _frozen(layer: nn.Module, gain: Tensor | None, shift: Tensor | None) -> FrozenLayer:
     """Codes of the layer's weights; gain and shift (c_out,) of a norm behind it multiplied into scales and bias."""
     weight, bias = layer.weight, layer.bias
     if isinstance(layer, QuantLayer):
         bits, scale, geometry = layer.bits, quantize.usable(layer.scale), layer.geometry
-        act = ActQuant(layer.act.bits, layer.act.signed, layer.act.scale, learned=False)
+        act = _fixed(layer.act)
     else:
         bits, scale = (
             torch.full((len(weight),), FLOAT, dtype=torch.uint8, device=weight.device),

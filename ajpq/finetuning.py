@@ -12,6 +12,7 @@ from ajpq.data import Batches
 from ajpq.errors import AjpqError
 from ajpq.features import Features
 from ajpq.lowering import Lowering
+from ajpq.outputs import quantize_outputs
 from ajpq.pact import use_pact
 from ajpq.recipe import check_settings
 from ajpq.training import fit, recalibrate
@@ -35,6 +36,8 @@ def finetune(
     **training,
 ) -> fx.GraphModule:
     """Train `student` (from `compress`) in place, straight-through, and return the finished network, a new module.
+
+    Where its inputs are quantized, the student first gets the 8-bit quantizers of `outputs.quantize_outputs`.
 
     train: batches (x, y), augmented or not.
     teacher: the uncompressed network, for distillation.
@@ -63,6 +66,7 @@ def finetune(
     if activations == "pact":
         use_pact(student)
     recalibrate(student, islice(train, norm_batches))
+    quantize_outputs(student, next(iter(train))[0])
     if epochs:
         lower = Lowering(student, lowering, lift) if lowering else None
         try:

@@ -100,6 +100,9 @@ class FrozenLayer(nn.Module):
     scale: float16 (c_out,), may be negative (a folded batch-norm); 0 for kernels of 32 bits
     raw:   float32 (number of kernels of 32 bits, c_in / groups, kh, kw)
     bias:  float32 (c_out,) or None; representable in float16 for kernels of up to 8 bits
+
+    Where kernels and input are integers, the bias is added to their sums as an integer too, as runtimes do it: rounded
+    to `unit`.
     """
 
     def __init__(
@@ -119,9 +122,42 @@ class FrozenLayer(nn.Module):
         weight = quantize.decode(self.codes, bits, scale)
         weight[bits == FLOAT] = raw
         self.register_buffer("weight", weight, persistent=False)
+        unit, whole = self.unit, self.whole_bias
+        self.register_buffer("shift", self.bias if whole is None else whole * unit, persistent=False)
+
+    @property
+    def container(self) -> tuple[Tensor, Tensor]:
+        """Codes int8 (c_out, ...) and positive steps float32 (c_out,) of the same weights; 32-bit kernels give zero.
+
+        Codes of fewer than 7 bits are shifted up to 7: `unit` becomes finer, and the sum of two products still fits
+        int16, where processors without VNNI saturate.
+        """
+        scale = quantize.container_scale(self.bits, self.scale.float())
+        rise = self.bits <= quantize.MID_RISE
+        shift = 2 ** (7 - self.bits.int() - rise.int()).clamp(0)  # (c_out,)
+        sign = torch.where(self.bits == FLOAT, 0, torch.sign(scale)).to(torch.int8)
+        codes = quantize.contain(self.codes, self.bits) * (sign * shift).reshape(-1, *[1] * (self.codes.ndim - 1))
+        some = scale.abs().max().clamp(min=quantize.TINY)
+        return codes.to(torch.int8), torch.where(scale == 0, some, scale.abs()) / shift
+
+    @property
+    def unit(self) -> Tensor | None:
+        """The step of an integer sum, float32 (c_out,): that of the kernel times that of the input. None where one of
+        them is float."""
+        if self.act.bits == FLOAT or (self.bits == FLOAT).any():
+            return None
+        return self.container[1] * quantize.usable(self.act.scale.abs())
+
+    @property
+    def whole_bias(self) -> Tensor | None:
+        """The bias in units, whole float32 (c_out,); None without one, and where it and a sum do not fit an int32."""
+        if self.bias is None or (unit := self.unit) is None:
+            return None
+        whole = (self.bias / unit).round()
+        return whole if (whole.abs() < 2**30).all() else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.geometry.apply(self.act(x), self.weight, self.bias)
+        return self.geometry.apply(self.act(x), self.weight, self.shift)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.codes.shape)}, mean bits={self.bits.float().mean().item():.2f}"

@@ -18,8 +18,6 @@ from ajpq import quantize
 from ajpq.layers import ActQuant, FrozenLayer
 from ajpq.quantize import FLOAT
 
-_MARGIN = 1.1  # of a grid over the range seen on images: our choice
-
 
 @dataclass(frozen=True)
 class Grid:
@@ -35,13 +33,6 @@ class Grid:
         low, high = quantize.act_range(act.bits, act.signed)
         zero = 128 if act.signed else 0
         return cls(quantize.usable(act.scale.abs()).item(), zero, low + zero, high + zero)
-
-    @classmethod
-    def over(cls, low: float, high: float) -> Grid:
-        """8 bits over a range, which zero is made part of."""
-        low, high = _MARGIN * min(low, 0.0), _MARGIN * max(high, 0.0)
-        step = max((high - low) / 255, quantize.TINY)
-        return cls(step, min(255, round(-low / step)))
 
     @property
     def whole(self) -> Grid:
@@ -68,26 +59,20 @@ class Quantizer(nn.Module):
 
 
 class Layer(nn.Module):
-    """A finished layer without the quantizer of its input; its weights are int8 where that is exact.
-
-    Its bias is rounded to the unit of the integer sum, the step of the weights times that of the input, as runtimes do.
-    """
+    """A finished layer without the quantizer of its input; its weights are int8 where that is exact."""
 
     def __init__(self, layer: FrozenLayer) -> None:
         super().__init__()
-        self.geometry, self.integer = layer.geometry, False
-        self.register_buffer("bias", layer.bias)
-        codes, scale = container(layer)
-        if (layer.bits == FLOAT).any() or not _fits(layer, scale):
+        self.geometry = layer.geometry
+        self.register_buffer("bias", layer.shift)
+        whole, unit = layer.whole_bias, layer.unit
+        self.integer = not (layer.bits == FLOAT).any() and (whole is not None or layer.bias is None or unit is None)
+        if not self.integer:
             self.register_buffer("weight", layer.weight)
             return
-        self.integer = True
-        if self.bias is not None and layer.act.bits != FLOAT:
-            unit = scale * Grid.of(layer.act).step
-            whole = (layer.bias / unit).round()
-            self.bias = whole * unit
-            if not self.geometry.conv:  # there only a bias of integers keeps ONNX Runtime in integers
-                self._keep("bias", whole.to(torch.int32), unit)
+        if whole is not None and not self.geometry.conv:  # there only a bias of integers keeps ONNX Runtime in integers
+            self._keep("bias", whole.to(torch.int32), unit)
+        codes, scale = layer.container
         self._keep("weight", codes if self.geometry.conv else codes.T.contiguous(), scale)
 
     def _keep(self, name: str, codes: Tensor, scale: Tensor) -> None:
@@ -114,25 +99,3 @@ class Layer(nn.Module):
 
 def _op(name: str, inputs: tuple[Tensor, ...], dtype: torch.dtype, shape: Any, **attributes: int) -> Tensor:
     return torch.onnx.ops.symbolic(name, inputs, attrs=attributes, dtype=dtype, shape=shape)
-
-
-def container(layer: FrozenLayer) -> tuple[Tensor, Tensor]:
-    """Codes int8 (c_out, ...) and positive steps float32 (c_out,) of the same weights; 32-bit kernels give zero.
-
-    Codes of fewer than 7 bits are shifted up to 7: runtimes round the bias to the unit of the integer sum, which
-    becomes finer, and the sum of two products still fits int16, where processors without VNNI saturate.
-    """
-    scale = quantize.container_scale(layer.bits, layer.scale.float())
-    rise = layer.bits <= quantize.MID_RISE
-    shift = 2 ** (7 - layer.bits.int() - rise.int()).clamp(0)  # (c_out,)
-    sign = torch.where(layer.bits == FLOAT, 0, torch.sign(scale)).to(torch.int8)
-    codes = quantize.contain(layer.codes, layer.bits) * (sign * shift).reshape(-1, *[1] * (layer.codes.ndim - 1))
-    some = scale.abs().max().clamp(min=quantize.TINY)
-    return codes.to(torch.int8), torch.where(scale == 0, some, scale.abs()) / shift
-
-
-def _fits(layer: FrozenLayer, scale: Tensor) -> bool:
-    """Whether a runtime can add every bias as an int32 to the kernel's accumulator, with room to spare."""
-    if layer.bias is None or layer.act.bits == FLOAT:
-        return True
-    return bool((layer.bias.abs() < 2**30 * scale * Grid.of(layer.act).step).all())

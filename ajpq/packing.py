@@ -59,13 +59,12 @@ def _put_layer(out: Writer, name: str, layer: FrozenLayer) -> list[Any]:
     if half is not None:
         out.put("bias", half)
         out.put("raw", layer.bias[~coded])
-    g, act = layer.geometry, layer.act
-    scale = struct.pack(">f", act.scale.item()).hex()
+    g = layer.geometry
     return [
         "FrozenLayer",
         list(layer.codes.shape),
         [g.stride, g.padding, g.dilation, g.groups, g.padding_mode] if g.conv else None,
-        [act.bits, int(act.signed), scale],
+        _put_act(layer.act),
         int(half is not None),
     ]
 
@@ -98,8 +97,16 @@ def _take_layer(
         stride, padding, dilation, groups, mode = geometry
         padding = padding if isinstance(padding, str) else tuple(padding)
         place = Geometry(True, tuple(stride), padding, tuple(dilation), groups, mode)
-    step = torch.tensor(struct.unpack(">f", bytes.fromhex(act[2]))[0], dtype=torch.float32)
-    return FrozenLayer(codes, bits, scale, raw, bias, place, ActQuant(act[0], bool(act[1]), step, learned=False))
+    return FrozenLayer(codes, bits, scale, raw, bias, place, _take_act(*act))
+
+
+def _put_act(act: ActQuant) -> list[Any]:
+    return [act.bits, int(act.signed), struct.pack(">f", act.scale.item()).hex()]
+
+
+def _take_act(bits: int, signed: int, scale: str) -> ActQuant:
+    step = torch.tensor(struct.unpack(">f", bytes.fromhex(scale))[0], dtype=torch.float32)
+    return ActQuant(bits, bool(signed), step, learned=False)
 
 
 def _put_module(out: Writer, name: str, module: nn.Module) -> list[Any]:
@@ -107,6 +114,8 @@ def _put_module(out: Writer, name: str, module: nn.Module) -> list[Any]:
         return _put_layer(out, name, module)
     if isinstance(module, QuantLayer):
         raise AjpqError(f"a shipped network must be finished, but {name} still learns; freeze the network first")
+    if isinstance(module, ActQuant):
+        return ["ActQuant", *_put_act(module)]
     if isinstance(module, ChannelAffine):
         out.put("affine", module.scale)
         out.put("affine", module.shift)
@@ -120,6 +129,8 @@ def _put_module(out: Writer, name: str, module: nn.Module) -> list[Any]:
 def _take_module(parts: Reader, row: list[Any]) -> nn.Module:
     if row[0] == "FrozenLayer":
         return _take_layer(parts, *row[1:])
+    if row[0] == "ActQuant":
+        return _take_act(*row[1:])
     if row[0] == "ChannelAffine":
         return ChannelAffine(parts.take("affine", row[1]), parts.take("affine", row[1]))
     module = module_json.module_from_json(row)

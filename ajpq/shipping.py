@@ -23,7 +23,8 @@ The metadata of the file has one key, "ajpq": CRC-32 of the whole file, 8 hex di
 
 Rows of modules: ``["FrozenLayer", weight shape, geometry or null, [activation bits, signed, scale], bias]``, where
 geometry is [stride, padding, dilation, groups, padding mode] and scale the 8 hex digits of a big-endian float32;
-``["ChannelAffine", channels]``; or a class of torch.nn with its arguments. Rows of tensors: [type, shape].
+``["ActQuant", bits, signed, scale]``; ``["ChannelAffine", channels]``; or a class of torch.nn with its arguments. Rows
+of tensors: [type, shape].
 """
 
 from __future__ import annotations

@@ -164,7 +164,10 @@ def test_pact_networks_train_freeze_and_keep_their_outputs():
     final = finetune(net, BATCHES, epochs=2, lr=0.02, activations="pact")
     assert any(isinstance(part, PactQuant) for part in net.modules())
     assert not any(isinstance(part, PactQuant) for part in final.modules())
-    assert (final(x) - net.eval()(x)).abs().median() < 1e-3  # float16 moves few activations over a threshold
+    outputs = net.eval()(x)  # float16 and whole biases move some activations over a threshold
+    assert (final(x) - outputs).abs().mean() < 0.2 * outputs.std()
+    pairs = [(part, final.get_submodule(name)) for name, part in net.named_modules() if isinstance(part, PactQuant)]
+    assert all(pact.scale.item() == act.scale.item() for pact, act in pairs)
 
 
 def test_clipping_values_decay_and_step_sizes_do_not():

@@ -23,7 +23,6 @@ from ajpq.models import digits_cnn
 from ajpq.network import Network
 from ajpq.onnx_export import float_onnx, to_onnx
 from ajpq.onnx_graph import integer_graph
-from ajpq.onnx_layers import container
 from ajpq.shipping import load, ship
 from ajpq.tracing import trace
 from ajpq.training import fit
@@ -90,8 +89,8 @@ def trained() -> tuple[Network, object]:
     return trace(model.eval(), next(iter(data.calibration))[0][:2]), data
 
 
-@pytest.mark.parametrize(("widths", "act_bits", "floor"), [((2, 4, 7), (8,), 0.97), ((4,), (3, 4), 0.9)])
-def test_trained_network_on_its_test_split(widths, act_bits, floor, trained, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("widths", "act_bits"), [((2, 4, 7), (8,)), ((4,), (3, 4))])
+def test_trained_network_on_its_test_split(widths, act_bits, trained, tmp_path: Path) -> None:
     network, data = trained
     policy = random_policy(network, 0, 0.2, widths, act_bits)
     final = finetune(compress(network, policy, calibrate(network, data.calibration)), data.train, epochs=2, lr=0.02)
@@ -99,15 +98,15 @@ def test_trained_network_on_its_test_split(widths, act_bits, floor, trained, tmp
     with torch.no_grad():
         packed, told = final(test).numpy(), integer_graph(final, seen)(test).numpy()
     found, _ = run(to_onnx(final, seen), test, tmp_path)
-    assert (found.argmax(1) == told.argmax(1)).mean() >= 0.99  # sums in another order may turn a code
-    assert (np.abs(found - told) <= one_step(final)).mean() >= 0.99
-    assert (found.argmax(1) == packed.argmax(1)).mean() >= floor
+    for ours in (packed, told):  # float sums in another order may turn a code, and then a close decision
+        assert (found.argmax(1) == ours.argmax(1)).mean() >= 0.997
+        assert np.median(np.abs(found - ours)) < 1e-4 and (np.abs(found - ours) <= one_step(final)).mean() >= 0.99
 
 
 @pytest.mark.parametrize("bits", [*range(1, 9)])
 def test_container_holds_the_very_weights(bits: int) -> None:
     layer = finished(nn.Conv2d(16, 40, 3), (bits,), np.random.default_rng(bits))
-    codes, scale = container(layer)
+    codes, scale = layer.container
     assert torch.equal(codes * scale.reshape(-1, 1, 1, 1), layer.weight) and (scale > 0).all()
     assert 32 <= codes.int().abs().max() < (64 if bits < 8 else 128)
 
@@ -121,7 +120,7 @@ def test_activations_of_every_width_lie_on_the_grid(signed: bool, tmp_path: Path
         found, _ = run(to_onnx(final, images), images, tmp_path)
         with torch.no_grad():
             difference = np.abs(found - final(images).numpy())
-        unit = (container(final.a)[1] * final.a.act.scale).max().item()  # to which runtimes round the bias
+        unit = final.a.unit.max().item()
         assert (
             final.a.act.signed == signed
             and np.quantile(difference, 0.99) <= unit
