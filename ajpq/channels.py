@@ -64,7 +64,8 @@ class Value:
     ids: int64 (C,), the channel behind every index of dimension 1; None where an index has no single channel.
     zero: a pruned channel is certainly zero here.
     root, index: for moved tensors, the node they came from and, per element, the flat index into it.
-    cells: int64, the shape without batch: the channel behind every element (only for moved tensors).
+    cells: int64, the shape without batch: the channel behind every element (for moved tensors, and where channels lie
+        along another dimension than 1, as in (N, H, W, C)).
     """
 
     shape: tuple[int, ...]
@@ -73,7 +74,7 @@ class Value:
     root: str
     index: np.ndarray | None = None
     cells: np.ndarray | None = None
-    planned: bool = False  # for moved tensors: surgery knows how to re-emit it
+    planned: bool = False  # where there are cells: surgery knows how to re-emit it
 
     @property
     def axis(self) -> int | None:

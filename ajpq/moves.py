@@ -30,10 +30,13 @@ def moved(value: Value, root: Value, index: Tensor) -> Value | None:
     if index.ndim < 2 or index.shape[0] != root.shape[0]:
         return None
     batch = torch.arange(len(index)).reshape(-1, *([1] * (index.ndim - 1)))
-    if not torch.equal(index // per_image, batch.expand_as(index)) or root.ids is None:
+    if not torch.equal(index // per_image, batch.expand_as(index)):
         return None
     inside = (index[0] % per_image).numpy()
-    cells = root.ids[inside // int(np.prod(root.shape[2:]))]
+    if root.cells is not None:
+        cells = root.cells.reshape(-1)[inside]
+    else:
+        cells = root.ids[inside // int(np.prod(root.shape[2:]))]
     out = Value(tuple(index.shape), None, value.zero, value.root, index.numpy(), cells)
     if out.axis == 1:
         out.ids = out.along_axis

@@ -27,7 +27,7 @@ def channelwise(
     out: Any,
 ) -> bool:
     """Operations that keep channels where they are, merge or list them. False if this is none of them."""
-    if not isinstance(out, Tensor) or any(value.ids is None for value in inputs):
+    if not isinstance(out, Tensor) or any(value.ids is None and not value.planned for value in inputs):
         return False
     first = inputs[0]
     scalar_const = all(t.numel() == 1 for t in _constants(walk, node))
@@ -38,7 +38,13 @@ def channelwise(
             or (name == "prelu" and module is not None and module.weight.numel() > 1)
         ):
             return False
-        walk.set(node, out, first.ids, first.zero and _keeps_zero(walk, node, args, kwargs, first.shape))
+        zero = first.zero and _keeps_zero(walk, node, args, kwargs, first.shape)
+        if first.ids is None:
+            walk.set_cells(node, out, first.cells, zero)
+        else:
+            walk.set(node, out, first.ids, zero)
+    elif any(value.ids is None for value in inputs):
+        return False
     elif name in ops.SPATIAL:
         if out.ndim != len(first.shape) or out.shape[1] != first.shape[1]:
             return False

@@ -90,19 +90,21 @@ class Walk(fx.Interpreter):
         c_in, c_out = (module.in_channels, module.out_channels) if conv else (module.in_features, module.out_features)
         groups = module.groups if conv else 1
         depthwise = conv and groups == c_in and groups > 1
-        plain = value.ids is not None and len(value.shape) == (4 if conv else 2)
+        if conv:
+            plain = value.ids is not None and len(value.shape) == 4
+        else:  # on (N, ..., C)
+            plain = (value.ids is not None or value.planned) and value.axis == len(value.shape) - 1
         if not plain:
             self._freeze(value, f"{name} reads it as a tensor of shape (N, {', '.join(map(str, value.shape[1:]))})")
         elif not value.zero:
             self._freeze(value, f"a removed channel would not be zero where {name} reads it")
-        reads = value.ids if plain else self.sets.fresh(c_in, f"input of {name}")
+        reads = value.along_axis if plain else self.sets.fresh(c_in, f"input of {name}")
         known = self.layers.get(name)
         if depthwise:
             writes = np.repeat(reads, c_out // c_in)
         else:
-            writes = (
-                known.writes if known else self.sets.fresh(c_out, "" if plain else f"{name} is not applied to (N, C)")
-            )
+            unusual = f"{name} is not applied to (N, C, H, W)" if conv and not plain else ""
+            writes = known.writes if known else self.sets.fresh(c_out, unusual)
         if known:  # a module called twice: one set of kernels
             self.sets.unite(known.reads, reads)
             self.sets.unite(known.writes, writes)
@@ -129,12 +131,10 @@ class Walk(fx.Interpreter):
             writes,
             module.bias is not None,
         )
-        if plain:
+        if conv or out.ndim <= 2:
             self.set(node, out, writes)
         else:
-            self.set(node, out, self.sets.fresh(out.shape[1], f"output of {name}") if conv is False else writes)
-            if not conv:
-                self.sets.freeze(writes, f"{name} is applied to more than (N, C)")
+            self.set_cells(node, out, np.broadcast_to(writes, tuple(out.shape[1:])))
 
     def _move(self, node: fx.Node, module: nn.Module | None, name: str, args: tuple, kwargs: dict, out: Any) -> None:
         source = self.values.get(node.all_input_nodes[0].name)
@@ -213,6 +213,10 @@ class Walk(fx.Interpreter):
 
     def set(self, node: fx.Node, out: Tensor, ids: np.ndarray, zero: bool = True) -> None:
         self.values[node.name] = Value(tuple(out.shape), ids, zero, node.name)
+
+    def set_cells(self, node: fx.Node, out: Tensor, cells: np.ndarray, zero: bool = True) -> None:
+        """A tensor whose channels lie along another dimension than 1; cells as in `Value`."""
+        self.values[node.name] = Value(tuple(out.shape), None, zero, node.name, cells=cells, planned=True)
 
     def _freeze(self, value: Value, why: str) -> None:
         """Freeze the channels of a value; all of its root's where it cannot be re-emitted for fewer of them."""

@@ -1,5 +1,15 @@
-"""One thread per test process: parallel workers would otherwise fight for the cores."""
+"""One thread per test process: parallel workers would otherwise fight for the cores. Tests leave shared networks alone:
+what another test finds would depend on the order."""
 
+import pytest
 import torch
+from nets import forget_changed
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def shared_networks_stay_as_they_are():
+    yield
+    changed = forget_changed()
+    assert not changed, f"network_of must be left as it is, but {', '.join(changed)} is not; change a copy"

@@ -59,25 +59,28 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-@functools.cache
 def model_of(name: str) -> nn.Module:
-    """A network by name, ten classes, randomised; shared, so not to be changed."""
+    """A network by name, ten classes, randomised; the caller's own."""
+    return copy.deepcopy(_model_of(name))
+
+
+@functools.cache
+def _model_of(name: str) -> nn.Module:
     torch.manual_seed(0)
     if name in ("digits_cnn", "resnet20"):
         return randomise({"digits_cnn": digits_cnn, "resnet20": resnet20}[name]())
     return randomise(torchvision_net(name))
 
 
-def torchvision_net(name: str, vgg_width: int = 64) -> nn.Module:
+def torchvision_net(name: str) -> nn.Module:
     """A torchvision network with ten classes and no initial weights, which take time; `randomise` sets all of them.
-
-    vgg_width: of the hidden layers of VGG's classifier (4096 in the original), to spare memory.
+    The hidden layers of VGG's classifier have 64 kernels instead of 4096, to spare memory.
     """
     with torch.device("cpu" if name.startswith("regnet") else "meta"):  # RegNet computes its widths with tensors
         options = {"init_weights": False} if name == "googlenet" else {}
         model = getattr(torchvision.models, name)(weights=None, num_classes=10, **options)
         if name == "vgg11_bn":
-            widths = (model.classifier[0].in_features, vgg_width, vgg_width, 10)
+            widths = (model.classifier[0].in_features, 64, 64, 10)
             model.classifier[0], model.classifier[3], model.classifier[6] = (
                 nn.Linear(a, b) for a, b in pairwise(widths)
             )
@@ -90,9 +93,30 @@ def images_of(name: str, n: int = 2, seed: int = 0) -> Tensor:
     return torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed))
 
 
-@functools.cache
+_networks: dict[str, tuple[Network, list]] = {}
+
+
 def network_of(name: str) -> Network:
-    return trace(model_of(name), images_of(name))
+    """`model_of` traced; shared, so not to be changed."""
+    if name not in _networks:
+        network = trace(_model_of(name), images_of(name))
+        _networks[name] = network, _state(network)
+    return _networks[name][0]
+
+
+def forget_changed() -> list[str]:
+    """Names of the shared networks that somebody has changed; the next to ask gets a new one."""
+    changed = [name for name, (network, state) in _networks.items() if _state(network) != state]
+    for name in changed:
+        del _networks[name]
+    return changed
+
+
+def _state(network: Network) -> list:
+    """Another one after every write to a tensor, also one that writes what was there."""
+    tensors = [*network.module.parameters(), *network.module.buffers()]
+    modes = [module.training for module in network.module.modules()]
+    return modes + [(id(tensor), tensor._version, tensor.requires_grad, tensor.grad is None) for tensor in tensors]
 
 
 class Net(nn.Module):
@@ -162,11 +186,16 @@ def masked(
     for layer in network.layers:
         part, bits = module.get_submodule(layer.name), torch.from_numpy(policy.weight_bits[layer.name])
         weight = network.module.get_submodule(layer.name).weight
-        scale = quantize.fit_scale(weight, bits)
-        offset, scales = (t.to(dtype).reshape(-1, *[1] * (weight.ndim - 1)) for t in (quantize.grid(bits)[2], scale))
-        whole = (quantize.encode(weight, bits, scale).to(dtype) + offset) * scales
-        whole[bits == 32] = weight[bits == 32].to(dtype)
-        part.weight.copy_(whole)
+        if ((bits == 0) | (bits == 32)).all():  # nothing to fit, which takes time
+            part.weight[bits == 0] = 0
+        else:
+            scale = quantize.fit_scale(weight, bits)
+            offset, scales = (
+                t.to(dtype).reshape(-1, *[1] * (weight.ndim - 1)) for t in (quantize.grid(bits)[2], scale)
+            )
+            whole = (quantize.encode(weight, bits, scale).to(dtype) + offset) * scales
+            whole[bits == 32] = weight[bits == 32].to(dtype)
+            part.weight.copy_(whole)
         if part.bias is not None:
             part.bias[bits == 0] = 0
         act_bits = policy.act_bits[layer.name]

@@ -119,9 +119,8 @@ class ResNet20(nn.Module):
 
 
 def _torchvision(name: str) -> nn.Module:
-    kwargs = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
     with torch.device("meta"):  # `finish` replaces every layer that has tensors
-        return getattr(pytest.importorskip("torchvision.models"), name)(weights=None, **kwargs)
+        return getattr(pytest.importorskip("torchvision.models"), name)(weights=None)
 
 
 NETWORKS = {
@@ -132,14 +131,7 @@ NETWORKS = {
     "resnet20 at 2 bits": lambda: finish(ResNet20(), (2,)),
     **{
         name: lambda name=name: finish(_torchvision(name))
-        for name in (
-            "resnet18",
-            "mobilenet_v3_small",
-            "densenet121",
-            "shufflenet_v2_x0_5",
-            "efficientnet_b0",
-            "googlenet",
-        )
+        for name in ("shufflenet_v2_x0_5", "efficientnet_b0")  # the others: test_any_cnn.py
     },
 }
 

@@ -360,15 +360,56 @@ class Transformer(nn.Module):
 def test_attention_is_survived_and_the_conv_before_it_stays_prunable():
     network = trace(randomise(Transformer()), torch.randn(1, 3, 8, 8))
     assert [layer.name for layer in network.layers] == ["stem", "embed", "q", "k", "v", "up", "down", "out"]
-    assert [layer.name for layer in network.layers if network.prunable[layer.writes].any()] == ["stem"]
+    assert [layer.name for layer in network.layers if network.prunable[layer.writes].all()] == ["stem", "up"]
     assert "LayerNorm 'norm'" in network.why_not(network["embed"]) and all(
-        network.why_not(layer) for layer in network.layers[1:]
+        network.why_not(network[name]) for name in ("q", "k", "v", "down", "out")
     )
     assert network["up"].positions == 16 and network["up"].macs == 16 * 72 and network.other_parameters == 12
     shrinks_faithfully(network)
 
 
-def test_linear_on_three_dimensions_is_found_and_not_pruned():
+@pytest.mark.parametrize(
+    "run",
+    (
+        lambda m, x: m.down(F.gelu(m.up(m.a(x).permute(0, 2, 3, 1)))).permute(0, 3, 1, 2),
+        lambda m, x: m.down(m.drop(m.up(m.a(x).flatten(2).transpose(1, 2)))).transpose(1, 2).unflatten(2, (8, 8)),
+        lambda m, x: m.c(F.relu(m.up(m.a(x).permute(0, 2, 3, 1)), inplace=True).permute(0, 3, 1, 2)),
+        lambda m, x: m.c(m.up(F.silu(m.a(x).permute(0, 2, 3, 1)) * 2).permute(0, 3, 1, 2)),
+    ),
+    ids=("channels_last", "tokens", "back_to_a_conv", "elementwise_before"),
+)
+def test_channels_that_lie_last_are_followed_through_linear_layers(run):
+    network = traced(
+        lambda m, x: m.l(gap(m.b(run(m, x)))),
+        a=conv(3, 6), up=nn.Linear(6, 12), down=nn.Linear(12, 6), c=conv(12, 6), b=conv(6, 6), l=head(),
+        drop=nn.Dropout(),
+    )  # fmt: skip
+    assert [network.why_not(layer) for layer in network.layers] == [""] * (len(network.layers) - 1) + ["network output"]
+    assert reads_of(network, "up") == [("a", k) for k in range(6)]
+    shrinks_faithfully(network)
+
+
+@pytest.mark.parametrize(
+    ("run", "reason"),
+    (
+        (lambda m, x: m.up(x).softmax(-1), "'softmax' is not known"),
+        (lambda m, x: torch.sigmoid(m.up(x)), "a removed channel would not be zero where down reads it"),
+        (lambda m, x: m.up(x)[..., [1, 0, *range(2, 12)]], "down reads it as a tensor of shape (N, 8, 8, 12)"),
+        (lambda m, x: (lambda y: y + y.mean(-1, keepdim=True))(m.up(x)), "'mean' is not known"),
+    ),
+    ids=("softmax", "sigmoid", "order", "mean"),
+)
+def test_channels_that_lie_last_and_are_mixed_stay(run, reason):
+    network = traced(
+        lambda m, x: m.l(m.down(run(m, m.a(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2).mean((2, 3))),
+        a=conv(3, 6), up=nn.Linear(6, 12), down=nn.Linear(12, 6), l=head(),
+    )  # fmt: skip
+    assert reason in network.why_not(network["up"])
+    assert network.why_not(network["a"]) == network.why_not(network["down"]) == ""
+    shrinks_faithfully(network)
+
+
+def test_a_linear_layer_over_positions_is_found_and_not_pruned():
     network = traced(
         lambda m, x: m.l(m.t(F.relu(m.a(x).flatten(2))).mean(2)), a=conv(3, 6), t=nn.Linear(64, 16), l=head()
     )
@@ -518,7 +559,7 @@ def test_expand_as_in_squeeze_and_excitation_stays_prunable():
 # -- real networks ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ("digits_cnn", "resnet20", *TORCHVISION))
+@pytest.mark.parametrize("name", ("digits_cnn", "resnet20"))  # those of torchvision: test_any_cnn.py
 def test_no_layer_is_lost_and_only_the_output_is_frozen(name):
     model, called = copy.deepcopy(model_of(name)), []
     for module_name, module in model.named_modules():
