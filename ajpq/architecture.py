@@ -47,7 +47,14 @@ class Architecture(nn.Module):
     keeping (n, 2): prune or keep, at every granularity a row for every block of channels of a space that may go, again
         in `Choices.blocks` blocks. A policy prunes channels, for all who write them; it cannot skip a layer. So 0 bits
         is no width, and what comes nearest to skipping a residual branch is pruning the channels inside it.
-    Layers with a single candidate have no row. Width and input of a layer are drawn independently of each other.
+    Layers with a single candidate have no row.
+
+    A layer's pair (width of weights, width of input) is drawn as two independent choices, not as one among all pairs:
+    the mixture of pairs is then one convolution, ``conv(sum_j q_j A_j(x), sum_k p_k Q_k(w))``, where a joint
+    distribution needs one for every width of the input, each with weights of its own; and there are K + J logits
+    instead of K J. Every pair can still be the outcome. What is lost is that the search cannot hold two pairs likely
+    and their crossings unlikely. Expected costs stay exact where they are products of both widths: expected
+    bit operations, ``E[w] E[a]``, are the sum over pairs, and each width's gradient knows the other's.
     """
 
     def __init__(self, space: SearchSpace, granularity: str = "layer") -> None:

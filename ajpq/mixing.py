@@ -79,21 +79,14 @@ class _Mix(torch.autograd.Function):
         return to_weight, to_p, None, None
 
 
-def mixed_weight(weight: Tensor, p: Tensor, widths: tuple[int, ...], scales: Tensor, versions: Versions) -> Tensor:
-    """``sum_k p_k Q_k(weight)`` for p (K, c_out), with gradients to the weight and to p."""
-    if widths == (FLOAT,):
-        return weight
-    return _Mix.apply(weight, p, *versions(weight, widths, scales))
-
-
 def _mixed_input(x: Tensor, q: Tensor, steps: Tensor, widths: tuple[int, ...], signed: bool) -> Tensor:
     with torch.no_grad():
         parts = (quantize.fake_quantize_act(x, s, b, signed) for b, s in zip(widths, steps, strict=True))
         if len(widths) == 1:
             return next(parts)
         out = torch.zeros_like(x)
-        for part, share in zip(parts, q, strict=True):
-            out.addcmul_(part, share)
+        for part, share in zip(parts, q.tolist(), strict=True):
+            out.add_(part, alpha=share)
         return out
 
 
@@ -110,22 +103,18 @@ class _MixInput(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
         x, q, steps = ctx.saved_tensors
-        alone, parts, shares, clipped = len(ctx.widths) == 1, [], [], []
-        for j, (b, step) in enumerate(zip(ctx.widths, steps.tolist(), strict=True)):
-            if ctx.needs_input_grad[1]:
-                shares.append((grad * quantize.fake_quantize_act(x, steps[j], b, ctx.signed)).sum())
-            part, ends = grad, grad.new_zeros(())
-            if b != FLOAT:
-                lo, hi = quantize.act_range(b, ctx.signed)
-                low, high = (lo - 1e-6) * step, (hi + 1e-6) * step  # the ends themselves are inside
-                part = torch.ops.aten.hardtanh_backward(grad, x, low, high)
-                if ctx.needs_input_grad[2]:
-                    ends = q[j] * (hi * (grad * (x > high)).sum() + lo * (grad * (x < low)).sum())
-            clipped.append(ends)
-            parts.append(part if alone else part * q[j])
-        to_q = torch.stack(shares) if ctx.needs_input_grad[1] else None
-        to_steps = torch.stack(clipped) if ctx.needs_input_grad[2] else None
-        return sum(parts[1:], parts[0]), to_q, to_steps, None, None
+        to_x, to_q, to_steps = None, torch.zeros_like(q), torch.zeros_like(steps)
+        for j, (b, share) in enumerate(zip(ctx.widths, q.tolist(), strict=True)):
+            inside = grad if b == FLOAT else quantize.within(grad, x, steps[j], *quantize.act_range(b, ctx.signed))
+            if any(ctx.needs_input_grad[1:]):
+                part = quantize.fake_quantize_act(x, steps[j], b, ctx.signed)
+                to_q[j] = quantize.inner(grad, part)
+                if ctx.needs_input_grad[2] and b != FLOAT:
+                    to_steps[j] = share * quantize.inner(grad - inside, part) / steps[j]
+            if len(ctx.widths) > 1:
+                inside = inside * share
+            to_x = inside if to_x is None else to_x.add_(inside)
+        return to_x, to_q, to_steps, None, None
 
 
 class MixedInput(nn.Module):
@@ -168,7 +157,8 @@ class MixedLayer(nn.Module):
     """A convolution or linear layer with candidate widths for kernels and input.
 
     Attributes to set before every call: p (K, c_out) and q (J,), the parts of the candidates; kept (c_out,), what every
-    kernel is multiplied by, or None.
+    kernel is multiplied by, or None. The versions of its weights are made again only when weights or step sizes have
+    moved, so once for all steps of the logits between two of the weights.
     """
 
     def __init__(
@@ -179,6 +169,8 @@ class MixedLayer(nn.Module):
         self.weight, self.bias = module.weight, module.bias
         self.register_buffer("scales", torch.ones(len(widths), len(module.weight), device=module.weight.device))
         self.p = self.q = self.kept = None
+        self._made: tuple[Tensor, Tensor] | None = None  # the versions of the weights
+        self._at: tuple[int, int] | None = None  # which weights and step sizes they are of
         self.refresh()
 
     @torch.no_grad()
@@ -188,8 +180,17 @@ class MixedLayer(nn.Module):
             return
         self.scales.copy_(quantize.fit_scale(*_tiled(self.weight, self.widths)).view_as(self.scales))
 
+    def mixed_weight(self) -> Tensor:
+        """``sum_k p_k Q_k(weight)``, with gradients to the weight and to p."""
+        if self.widths == (FLOAT,):
+            return self.weight
+        moved = self.weight._version, self.scales._version
+        if moved != self._at:
+            self._made, self._at = self.versions(self.weight, self.widths, self.scales), moved
+        return _Mix.apply(self.weight, self.p, *self._made)
+
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = mixed_weight(self.weight, self.p, self.widths, self.scales, self.versions), self.bias
+        weight, bias = self.mixed_weight(), self.bias
         if self.kept is not None:
             weight = weight * self.kept.view(-1, *[1] * (weight.ndim - 1))
             bias = None if bias is None else bias * self.kept

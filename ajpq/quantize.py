@@ -15,6 +15,7 @@ Activations are per-tensor uniform: unsigned where calibration saw no negative v
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -148,16 +149,54 @@ class _ActSTE(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, scale, out = ctx.saved_tensors
         lo, hi = ctx.range
-        t = x / scale
-        inside = (t >= lo) & (t <= hi)
-        step = torch.where(inside, (out - x) / scale, t.clamp(lo, hi))  # d out / d scale
-        return grad * inside, (grad * step).sum() / (x.numel() * max(hi, 1)) ** 0.5, None, None
+        to_x, to_scale = within(grad, x, scale, lo, hi), None
+        if ctx.needs_input_grad[1]:  # d out / d scale: (out - x) / scale inside, out / scale outside
+            rounding = out - x.clamp(lo * scale, hi * scale)  # 0 outside
+            to_scale = (inner(grad, rounding) + inner(grad - to_x, out)) / (scale * (x.numel() * max(hi, 1)) ** 0.5)
+        return to_x, to_scale, None, None
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of the products of two tensors of one shape, ()."""
+    if not _fast(a):
+        return (a * b).sum()
+    if a.ndim == 4 and not (a.is_contiguous() or b.is_contiguous()):
+        a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)  # channels last: copied below if it is not
+    return torch.dot(a.reshape(-1), b.reshape(-1))
+
+
+def within(grad: Tensor, x: Tensor, scale: Tensor, lo: int, hi: int) -> Tensor:
+    """`grad` where ``lo <= x / scale <= hi``, 0 elsewhere: the straight-through gradient."""
+    if _fast(x):
+        return torch.ops.aten.hardtanh_backward(grad, x, *_just_outside(scale.item(), lo, hi))
+    t = x / scale
+    return grad * ((t >= lo) & (t <= hi))
+
+
+def _just_outside(scale: float, lo: int, hi: int) -> tuple[float, float]:
+    """The float32 numbers next to the x with ``lo <= x / scale <= hi`` in float32; next to 0 where an end is 0."""
+    down, up = np.float32(-np.inf), np.float32(np.inf)
+    with np.errstate(all="ignore"):
+        step = np.float32(scale)
+        low, high = (end * step if end else np.nextafter(np.float32(0), to) for end, to in ((lo, down), (hi, up)))
+        while lo and low / step >= lo and low > down:
+            low = np.nextafter(low, down)
+        while hi and high / step <= hi and high < up:
+            high = np.nextafter(high, up)
+    return float(low), float(high)
+
+
+def _fast(x: Tensor) -> bool:
+    """Whether plain vectorized passes are quicker than torch's own quantizer and masks, as on a CPU."""
+    return x.device.type == "cpu" and x.dtype == torch.float32
 
 
 def _act(x: Tensor, scale: Tensor, lo: int, hi: int) -> Tensor:
+    if _fast(x):
+        return (x * (1 / scale)).round_().clamp_(lo, hi).mul_(scale)
     return torch.fake_quantize_per_tensor_affine(x, scale, torch.zeros((), dtype=torch.int32, device=x.device), lo, hi)
 
 

@@ -4,10 +4,10 @@
     python benchmarks/dnas.py --batch 8 --rounds 1            # only to see that it runs
 
 A step is forward, backward and update, on noise; that of a super net draws its mixture, too, and that of the logits
-moves no weight. Seven candidate widths of weights in every layer. The literal super net has a path, and so a
-convolution, for every candidate; its paths share the quantized input. Time is the median over rounds in which all
-contestants run one after the other; memory is by how much a process that does only this grows, at its peak, in two
-steps.
+moves no weight, so it finds the quantized weights of the step before. Seven candidate widths of weights in every layer.
+The literal super net has a path, and so a convolution, for every candidate; its paths share the quantized input. Time
+is the median over rounds in which all contestants run one after the other; memory is by how much a process that does
+only this grows, at its peak, in two steps.
 """
 
 from __future__ import annotations
@@ -124,10 +124,12 @@ def contestants(batch: int) -> dict[str, Callable[[], Step]]:
 
         def step() -> None:
             sgd.zero_grad(set_to_none=True)
-            architecture.zero_grad(set_to_none=True)
             parts = architecture.sample(1.0, noise)
-            F.cross_entropy(net(x, parts if logits else parts.detach()), y).backward()
-            if not logits:
+            loss = F.cross_entropy(net(x, parts if logits else parts.detach()), y)
+            if logits:
+                torch.autograd.grad(loss, list(architecture.parameters()), allow_unused=True)
+            else:
+                loss.backward()
                 sgd.step()
 
         return step
@@ -148,6 +150,7 @@ def contestants(batch: int) -> dict[str, Callable[[], Step]]:
         "8-bit inputs: per kernel, step of the logits": lambda: search("kernel", eight, zero, True, False),
         "8-bit inputs: literal, 7 paths per layer": lambda: search("layer", eight, WIDTHS, False, True),
         "4- or 8-bit inputs: 7 widths per layer": lambda: search("layer", (4, 8), WIDTHS, False, False),
+        "4- or 8-bit inputs: the same, step of the logits": lambda: search("layer", (4, 8), WIDTHS, True, False),
     }
 
 

@@ -1,6 +1,7 @@
 """The super net against its literal form, the compressed network and the float one; the search against uniform."""
 
 import copy
+from contextlib import ExitStack
 from functools import partial
 
 import numpy as np
@@ -19,7 +20,7 @@ from ajpq.architecture import Architecture, Parts, check_differentiable
 from ajpq.blocks import blocks_of
 from ajpq.calibration import calibrate
 from ajpq.compression import compress
-from ajpq.cost import MACs, Size, loads_of
+from ajpq.cost import BOPs, MACs, Size, loads_of
 from ajpq.data import digits
 from ajpq.errors import AjpqError
 from ajpq.mixing import MixedInput, MixedLayer, dorefa, rounded
@@ -153,6 +154,28 @@ def test_quantized_inputs_and_paths_take_no_memory():
     assert kept_bytes(lambda: literal(layer, x)) > 5 * size
 
 
+def test_weights_are_quantized_again_only_when_they_have_moved():
+    made = []
+
+    def versions(*of):
+        made.append(of)
+        return rounded(*of)
+
+    layer = MixedLayer(randomise(conv(3, 4)), WIDTHS, MixedInput((8,), True, [0.1], pact=False), versions)
+    layer.p, layer.q, x = shares(4, len(WIDTHS)).T, torch.ones(1), image(2, 3, 4, 4)
+    before = layer(x)
+    layer.p = shares(4, len(WIDTHS), seed=1).T
+    assert not torch.equal(layer(x), before) and len(made) == 1
+    sgd = torch.optim.SGD(layer.parameters(), lr=0.1)
+    layer(x).square().sum().backward()
+    sgd.step()
+    close(layer(x), literal(layer, x))
+    assert len(made) == 2
+    layer.scales.mul_(0.5)
+    close(layer(x), literal(layer, x))
+    assert len(made) == 3
+
+
 # -- blocks -----------------------------------------------------------------------------------------------------------
 
 
@@ -236,6 +259,31 @@ def test_expected_costs_of_a_policy_are_its_costs(name):
                 assert torch.equal(getattr(found, field), getattr(expected, field))
             assert torch.equal(found.weight_bits[kept], expected.weight_bits[kept])
         assert torch.allclose(Size()(loads), Size()(loads_of(network, policy)))
+
+
+def test_expected_bops_are_the_sum_over_all_pairs_with_a_gradient_through_both_widths():
+    network, weights, acts = small_network(), (1, 4, 8), (2, 4, 32)
+    architecture = Architecture(SearchSpace(network, Choices(weights, acts, first_last=None)))
+    with torch.no_grad():
+        architecture.widths.copy_(image(*architecture.widths.shape))
+        architecture.acts.copy_(image(*architecture.acts.shape, seed=1))
+    parts = architecture.probabilities()
+    found = BOPs()(architecture.loads(parts)).sum()
+    of_pairs = {
+        (b, a): BOPs()(loads_of(network, architecture.space.homogeneous(b, act_bits=a))) for b in weights for a in acts
+    }
+    expected = sum(
+        parts.widths[i, k] * parts.acts[i, j] * of_pairs[b, a][i]
+        for i in range(len(network.layers))
+        for k, b in enumerate(weights)
+        for j, a in enumerate(acts)
+    )
+    close(found, expected, 1e-5)
+    logits = [architecture.widths, architecture.acts]
+    slopes = (torch.autograd.grad(total, logits, retain_graph=True) for total in (found, expected))
+    for one, other in zip(*slopes, strict=True):
+        assert (other != 0).all()
+        close(one, other.to(one.dtype), 1e-4)
 
 
 def test_logits_are_tilted_until_expected_costs_are_within_budget():
@@ -409,19 +457,38 @@ def on_digits():
     torch.manual_seed(0)
     model = digits_cnn(width=8)
     fit(model, data.train, epochs=4, lr=0.1)
-    model.eval()
-    problem = Problem(model, data.calibration, data.search, {"size": 0.07}, reward=divergence_reward, train=data.train)
-    yield problem
-    problem.close()
+    with ExitStack() as stack:
+
+        def make(budget: dict[str, float], choices: Choices | None = None) -> Problem:
+            problem = Problem(model.eval(), data.calibration, data.search, budget, choices=choices,
+                              reward=divergence_reward, train=data.train)  # fmt: skip
+            stack.callback(problem.close)
+            return problem
+
+        yield make
 
 
 @pytest.mark.parametrize("granularity", ["layer", "kernel"])
 def test_it_beats_uniform_on_digits_at_equal_size_and_ends_within_budget(on_digits, granularity):
-    problem = on_digits
+    problem = on_digits({"size": 0.07})
     uniform = Uniform().search(problem.again())
     search = DNAS(12, 0, granularity, epochs=6, every=3)
     result = search.search(problem.again())
     assert result.evaluations == 12 and all(evaluation.score.within for evaluation in result.history)
     assert search.run.expected()["size"] < 1.03  # before anything is made to fit
     assert result.score.reward > uniform.score.reward + 0.05
+    assert result.score.accuracy > uniform.score.accuracy
+
+
+def test_it_chooses_widths_of_weights_and_inputs_within_bit_operations_and_beats_uniform(on_digits):
+    problem = on_digits({"bops": 0.006}, Choices(act_bits=(2, 4, 8)))
+    uniform = Uniform().search(problem.again())
+    search = DNAS(uniform.evaluations, epochs=6, every=3, lr=1e-3, arch_lr=0.2, temperature=2.0)
+    result = search.search(problem.again())
+    assert result.evaluations == uniform.evaluations and all(e.score.within for e in result.history)
+    assert search.run.expected()["bops"] < 1.2  # before anything is made to fit
+    inner = [layer.name for layer in problem.network.layers[1:-1]]
+    assert len({result.policy.act_bits[name] for name in inner}) > 1
+    assert len({(result.policy.act_bits[n], int(result.policy.weight_bits[n].max())) for n in inner}) > 2
+    assert result.score.reward > uniform.score.reward + 0.04
     assert result.score.accuracy > uniform.score.accuracy

@@ -5,7 +5,7 @@ import pytest
 import torch
 from nets import WIDTHS
 
-from ajpq.quantize import act_range, decode, encode, fake_quantize, fake_quantize_act, fit_scale, grid
+from ajpq.quantize import act_range, decode, encode, fake_quantize, fake_quantize_act, fit_scale, grid, within
 
 CODED = WIDTHS[:-1]
 
@@ -226,6 +226,35 @@ def test_activation_gradients_follow_their_formulas(signed):
     assert torch.equal(x.grad, torch.where(inside, upstream, 0.0))
     step = torch.where(inside, ratio.round() - ratio, ratio.clamp(low, high))
     assert scale.grad.item() == pytest.approx(((upstream * step).sum() / (x.numel() * high) ** 0.5).item(), rel=1e-4)
+
+
+def neighbours(x: torch.Tensor, count: int = 4) -> torch.Tensor:
+    """x, and the float32 numbers next to it on either side."""
+    found = [x]
+    for to in (torch.inf, -torch.inf):
+        at = x
+        for _ in range(count):
+            found.append(at := torch.nextafter(at, torch.tensor(to)))
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("signed", (False, True))
+@pytest.mark.parametrize("bits", CODED)
+def test_activations_and_their_mask_are_those_of_torch_bit_for_bit(bits, signed):
+    low, high = act_range(bits, signed)
+    random = torch.Generator().manual_seed(bits)
+    for scale in torch.exp(torch.empty(40).uniform_(-15, 6, generator=random)):
+        middles = (torch.arange(low - 1, high + 1) + 0.5) * scale
+        ends = torch.tensor([float(end) for end in (low, high) if end]) * scale
+        x = torch.cat([torch.randn(200, generator=random) * scale * max(high, 1), neighbours(middles)])
+        x = torch.cat([x, neighbours(ends), torch.zeros(1)])
+        zero = torch.zeros((), dtype=torch.int32)
+        expected = torch.fake_quantize_per_tensor_affine(x, scale, zero, low, high)
+        assert torch.equal(fake_quantize_act(x, scale, bits, signed), expected)
+        inside = (x / scale >= low) & (x / scale <= high)
+        assert torch.equal(within(torch.ones_like(x), x, scale, low, high), inside.float())
+        assert torch.equal(within(torch.ones_like(x).double(), x.double(), scale.double(), low, high) > 0,
+                           (x.double() / scale.double() >= low) & (x.double() / scale.double() <= high))  # fmt: skip
 
 
 @pytest.mark.parametrize("signed", (False, True))
