@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from agents.children import Children
 from ajpq.architecture import GRANULARITIES, Architecture, Parts, check_differentiable
 from ajpq.data import divide
+from ajpq.epochs import go_on, orders_of
 from ajpq.errors import AjpqError
 from ajpq.problem import Problem, SearchResult
 from ajpq.supernet import SuperNet
@@ -25,7 +26,7 @@ class DNAS:
     gradient. An epoch is, as in the paper, a pass over the first part of the training images that trains the weights,
     and one over the rest that trains the logits; every step draws one mixture by Gumbel-softmax, at the temperature
     ``T0 exp(-eta epoch)``. Every few epochs children are drawn within budget and scored (`agents.children`); the best
-    of all is the result. The candidates, 0 bits included, are those of the problem's `Choices`.
+    of all is the result. The candidates, 0 and 32 bits included, are those of the problem's `Choices`.
 
     Loss of the logits: CE is that of the problem's task, for classification the cross-entropy; K budgets; cost_i is
     expected under softmax(logits) (the paper takes it under the drawn mixture, which has more noise), cap_i the largest
@@ -38,7 +39,8 @@ class DNAS:
 
     What else is ours, as the paper is silent or took a hundred epochs from random weights: the search begins with the
     problem's weights; logits begin tilted so that the expected costs are within budget (`Architecture.meet`; only for
-    "lagrangian"); widths of weights and inputs are chosen independently; a layer is never skipped, channels are pruned
+    "lagrangian"); the pair (width of weights, width of input) of a layer or block is two independent choices, where the
+    problem's choices hold several of both (`Architecture` says why); a layer is never skipped, channels are pruned
     (`Architecture`); children are scored on the problem's weights, not trained; the i-th of n children of a round has
     its Gumbel noise multiplied by i / n, so that the first is the most probable policy within budget.
 
@@ -134,13 +136,11 @@ class Run:
         s, groups = settings, _decayed(self.net, settings.weight_decay)
         self.sgd = torch.optim.SGD(groups, lr=s.lr, momentum=s.momentum, nesterov=s.momentum > 0)
         self.adam = torch.optim.Adam(self.architecture.parameters(), lr=s.arch_lr, weight_decay=s.arch_decay)
-        self._skipped = 0  # epochs that the loaders have begun
 
     def train(self) -> None:
         """One epoch. What it draws depends on the seed and its number alone, so that a search can continue."""
         s, problem, at = self.settings, self.problem, self.epoch
         temperature = s.temperature_at(at)
-        self._forward_loaders()
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(_mixed(s.seed, at))
             noise = torch.Generator().manual_seed(_mixed(s.seed, at) + 1)
@@ -223,15 +223,6 @@ class Run:
         for x, y, *_ in self.parts[part]:
             yield x.to(self.device), y.to(self.device)
 
-    def _forward_loaders(self) -> None:
-        """Loaders that draw a new order for every epoch have drawn those of the epochs that are done."""
-        while self._skipped < self.epoch:
-            for i, part in enumerate(self.parts):
-                if i == 0 or self._skipped >= self.settings.warmup:
-                    next(iter(part), None)
-            self._skipped += 1
-        self._skipped += 1
-
     def _check(self, loss: Tensor, what: str) -> None:
         if not torch.isfinite(loss):
             raise AjpqError(
@@ -243,13 +234,19 @@ class Run:
         return {
             "epoch": self.epoch, "net": dict(self.net.state_dict()), "multipliers": self.multipliers,
             "architecture": dict(self.architecture.state_dict()), "sgd": self.sgd.state_dict(),
-            "adam": self.adam.state_dict(),
+            "adam": self.adam.state_dict(), "orders": [orders_of(part) for part in self.parts],
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.epoch, self.multipliers = state["epoch"], state["multipliers"].clone()
         for name in ("net", "architecture", "sgd", "adam"):
             getattr(self, name).load_state_dict(state[name])
+        for part, orders, epochs in zip(self.parts, state["orders"], self._begun(), strict=True):
+            go_on(part, orders, epochs)
+
+    def _begun(self) -> tuple[int, int]:
+        """Epochs that each part of the images has been through."""
+        return self.epoch, max(self.epoch - self.settings.warmup, 0)
 
 
 def _decayed(net: nn.Module, weight_decay: float) -> list[dict]:

@@ -1,9 +1,19 @@
-"""The order of images in loaders whose epochs are seeded. `epochs`: the generator that a loader holds; None = fixed
-order, all images."""
+"""The order of images in loaders whose epochs are seeded, and how any loader goes on after an interrupt.
+
+`epochs`: the generator that a loader holds; None = fixed order, all images.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ajpq.errors import AjpqError
+
+_PARTS = ("sampler", "batch_sampler", "dataset")  # attributes of loaders, samplers and data sets
 
 
 def seeded(shuffle: int | None) -> torch.Generator | None:
@@ -24,3 +34,48 @@ def batches_in(images: int, batch_size: int, epochs: torch.Generator | None) -> 
 def begun(epochs: torch.Generator) -> torch.Generator:
     """The generator of the next epoch: its own, so that one that is abandoned half-way does not change the next."""
     return torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=epochs)))
+
+
+def orders_of(batches: Iterable) -> list[Tensor]:
+    """What the next epoch's order depends on, for `go_on`: the states of the random generators that a loader holds. A
+    DataLoader without one draws from torch's own, whose state is the caller's business."""
+    return [generator.get_state() for generator in _generators(batches)]
+
+
+def go_on(batches: Iterable, orders: Sequence[Tensor], epochs: int) -> None:
+    """Let a fresh loader continue where another one like it was.
+
+    orders: `orders_of` the other. epochs: how many that one had begun; a loader that hides its generators is begun as
+    often. Raises AjpqError for a loader with more or fewer generators.
+    """
+    generators = _generators(batches)
+    if len(generators) != len(orders):
+        raise AjpqError(
+            "a training can be continued only with the images that it had, but what was kept has the state of "
+            f"{len(orders)} generators and its batches have {len(generators)}; give the loader that it had, or begin "
+            "again"
+        )
+    if not generators and not isinstance(batches, DataLoader):
+        for _ in range(epochs):
+            next(iter(batches), None)
+    for generator, order in zip(generators, orders, strict=True):
+        generator.set_state(order)
+
+
+def _generators(batches: Iterable) -> list[torch.Generator]:
+    """Those that a loader, its samplers and its data sets hold as attributes, each once, in a fixed order."""
+    found: list[torch.Generator] = []
+    waiting, seen = [batches], set()
+    while waiting:
+        part = waiting.pop(0)
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        for name, value in getattr(part, "__dict__", {}).items():
+            if isinstance(value, torch.Generator):
+                found += [value] if not any(value is other for other in found) else []
+            elif name in _PARTS:
+                waiting.append(value)
+            elif name == "datasets":
+                waiting += value
+    return found

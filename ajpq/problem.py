@@ -224,8 +224,8 @@ class Problem:
 
         rows: of `ajpq.record.read`. The first `done` of them enter `history` now, for a backend that continues from
         its state; the others when the backend asks for their policies, which are not measured again. Raises AjpqError
-        for a policy that does not fit the network, and later, in `score_all` or `result`, if the backend asks for
-        others than the record has.
+        for a policy that does not fit the network, and later, in `score_all` or `check_recalled`, if the backend asks
+        for others than the record has.
         """
         for row in rows[:done]:
             policy = policy_of(row)
@@ -240,7 +240,7 @@ class Problem:
             self._replay(row, fresh[row["policy"]])
         left = [key for key in order if key not in self._memo]
         if left:
-            self._check_recalled(f"asks for policy {left[0]}")
+            self.check_recalled(f"asks for policy {left[0]}")
         return left
 
     def _replay(self, row: Mapping[str, Any], policy: CompressionPolicy) -> None:
@@ -254,7 +254,9 @@ class Problem:
         self.history[-1] = Evaluation(number, policy, self.history[-1].score, row["seconds"])
         self._start = time.perf_counter() - row["seconds"]
 
-    def _check_recalled(self, instead: str) -> None:
+    def check_recalled(self, instead: str = "ends before it") -> None:
+        """Raise AjpqError unless the search has asked for all that was recalled: to be called when it has ended. One
+        that begins with another search has not ended where that one has its result."""
         if self._recalled:
             row = self._recalled[0]
             raise AjpqError(
@@ -299,7 +301,6 @@ class Problem:
 
     def result(self) -> SearchResult:
         """The best policy within budget so far. Raises AjpqError if there is none."""
-        self._check_recalled("ends before it")
         best = self.best
         if best is None:
             raise AjpqError(

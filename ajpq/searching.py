@@ -56,7 +56,9 @@ def search_in(
                 advance(evaluation.number, pace.note(best))
 
             problem.on_evaluation = log
-            return run(problem, backend)
+            found = run(problem, backend)
+            problem.check_recalled()
+            return found
     finally:
         record.close()
         if scalars is not None:

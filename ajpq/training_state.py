@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from ajpq.averaging import Average
 from ajpq.data import Batches
+from ajpq.epochs import go_on, orders_of
 from ajpq.errors import AjpqError
 from ajpq.files import replacing
 
@@ -37,7 +37,7 @@ class TrainingState:
             "settings": dict(self.settings), "rows": rows, "skips": skips, "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(), "average": self.average and self.average.state_dict(),
             "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state(self.device) if cuda else None,
-            "orders": [generator.get_state() for generator in _generators(self.batches)],
+            "orders": orders_of(self.batches),
         }  # fmt: skip
         with replacing(path) as temporary:
             torch.save(state, temporary)
@@ -62,13 +62,10 @@ class TrainingState:
                     f"a training can be continued only as it was, but {name} was {then.get(name)!r} in {path} and is "
                     f"{value!r}; change it back, or remove the file to begin again"
                 )
-        generators = _generators(self.batches)
-        if len(generators) != len(state["orders"]):
-            raise AjpqError(
-                f"a training can be continued only with the images that it had, but {path} has the state of "
-                f"{len(state['orders'])} generators and its batches have {len(generators)}; remove the file to begin "
-                "again"
-            )
+        try:
+            go_on(self.batches, state["orders"], len(state["rows"]))
+        except AjpqError as error:
+            raise AjpqError(f"{path}: {error}") from error
         try:
             self.model.load_state_dict(state["model"])
         except RuntimeError as error:
@@ -79,19 +76,7 @@ class TrainingState:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
-        if not generators and not isinstance(self.batches, DataLoader):  # these draw from torch's own, see below
-            for _ in state["rows"]:
-                next(iter(self.batches), None)
-        for generator, order in zip(generators, state["orders"], strict=True):
-            generator.set_state(order)
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         return state["rows"], state["skips"]
-
-
-def _generators(batches: Batches) -> list[torch.Generator]:
-    """The random generators that batches, or the sampler and the data of a DataLoader, hold as attributes."""
-    parts = [batches, *(getattr(batches, name, None) for name in ("sampler", "batch_sampler", "dataset"))]
-    return [value for part in parts for value in getattr(part, "__dict__", {}).values()
-            if isinstance(value, torch.Generator)]  # fmt: skip

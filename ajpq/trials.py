@@ -77,6 +77,7 @@ class Tuner:
         self, job: Prepared, folder: Path, norm_images: int, correction: str, fresh: Callable[[], Data], screen: Screen
     ) -> None:
         self.job, self.folder, self.screen = job, folder / TUNED, screen
+        remove_parts(self.folder)
         self.norm_images, self.correction = norm_images, correction
         self._fresh, self._data = fresh, None
         text = json.dumps([norm_images, correction, dict(job.finetune)], sort_keys=True)

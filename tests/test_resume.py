@@ -19,7 +19,9 @@ from nets import model_of, problem_of
 from omegaconf import DictConfig
 
 import ajpq
+from agents.hierarchical import Hierarchical
 from agents.random_search import RandomSearch
+from agents.uniform import Uniform
 from ajpq import pipeline, snapshot
 from ajpq.errors import AjpqError
 from ajpq.explain import CONF
@@ -208,8 +210,23 @@ def test_search_that_asks_for_others_is_stopped():
         RandomSearch(8, seed=1, batch=2).search(other)
     shorter = first.again()
     shorter.recall(rows)
+    RandomSearch(6, seed=0, batch=2).search(shorter)
     with pytest.raises(AjpqError, match="evaluation 7 .* ends before it"):
-        RandomSearch(6, seed=0, batch=2).search(shorter)
+        shorter.check_recalled()
+
+
+def test_search_that_begins_with_another_is_replayed_beyond_it():
+    def searched(problem):
+        torch.manual_seed(0)
+        Hierarchical(9, seed=0, start=Uniform(), share=0.5, warmup=2, net_arch=(8,)).search(problem)
+        problem.check_recalled()
+        return [ajpq.record.row(evaluation) for evaluation in problem.history]
+
+    first = problem_of("digits_cnn")
+    rows = searched(first)
+    again = first.again()
+    again.recall(rows[:7])
+    assert known(searched(again)) == known(rows) and len(rows) == 9
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
