@@ -28,22 +28,25 @@ class BoxBatches:
         of the augmentation, both drawn anew every epoch; None = fixed order, all images, as they are. Augmented images
         are mirrored with probability 1/2, moved by up to `move` of their width and height (what leaves the image is cut
         off its box; a box that loses more than half is dropped) and changed in brightness by up to `light`.
+    blocks: int64 (n,), the same number for images that may show the same scene: what a test split tells of the
+        difference of two networks is counted by them (`ajpq.bootstrap`). None = every image by itself.
     """
 
     def __init__(
         self, images: Tensor, boxes: Tensor, batch_size: int, *, mean: float = 0.5, std: float = 0.25,
-        shuffle: int | None = None, move: float = 0.1, light: float = 0.2,
+        shuffle: int | None = None, move: float = 0.1, light: float = 0.2, blocks: Tensor | None = None,
     ) -> None:  # fmt: skip
         if batch_size < 1:
             raise AjpqError(f"`batch_size >= 1` must hold, but {batch_size=}: give the number of images per batch.")
         self.images, self.boxes, self.batch_size = images, boxes, batch_size
-        self.mean, self.std, self.move, self.light = mean, std, move, light
+        self.mean, self.std, self.move, self.light, self.blocks = mean, std, move, light, blocks
         self._epochs = seeded(shuffle)
 
     def part(self, chosen: Tensor) -> BoxBatches:
         """The same over some of the images: their numbers (n,)."""
         twin = copy.copy(self)
         twin.images, twin.boxes = self.images[chosen], self.boxes[chosen]
+        twin.blocks = None if self.blocks is None else self.blocks[chosen]
         twin._epochs = restarted(self._epochs)
         return twin
 
@@ -103,9 +106,10 @@ def dac_sdc(
 ) -> Data:  # fmt: skip
     """UAV frames with one object each: `root`/boxes.csv (file, xmin, ymin, xmax, ymax in pixels) and `root`/images.
 
-    Frames that follow each other may show the same scene: whole blocks of `block` consecutive frames go to train,
-    search or test. train, search: fractions of the blocks; the rest is the test split. size: (H, W) of the network's
-    input. resize: nearest, bilinear or bicubic. Raises AjpqError for a missing folder, table or image.
+    Frames that follow each other may show the same scene: whole blocks of `block` consecutive frames (20: our choice)
+    go to train, search or test, and count as one where the test split says how sure a difference is. train, search:
+    fractions of the blocks; the rest is the test split. size: (H, W) of the network's input. resize: nearest, bilinear
+    or bicubic. Raises AjpqError for a missing folder, table or image.
     """
     root = Path(root)
     table = root / "boxes.csv"
@@ -133,7 +137,8 @@ def dac_sdc(
             f"{len(order)} blocks empty; change them or `block`"
         )
     parts = [torch.from_numpy(np.flatnonzero(np.isin(blocks, some))) for some in np.split(order, ends)]
-    return _splits(images, boxes, parts, seed, batch_size, eval_batch_size, calibration_images, ("object",))
+    return _splits(images, boxes, parts, seed, batch_size, eval_batch_size, calibration_images, ("object",),
+                   blocks=torch.from_numpy(blocks))  # fmt: skip
 
 
 def coco(
@@ -204,14 +209,14 @@ def _read(labelled: Labelled, size: Sequence[int], resize: str) -> tuple[Tensor,
 
 def _splits(
     images: Tensor, boxes: Tensor, parts: Sequence[Tensor], seed: int, batch_size: int, eval_batch_size: int,
-    calibration_images: int, classes: tuple[str, ...],
+    calibration_images: int, classes: tuple[str, ...], blocks: Tensor | None = None,
 ) -> Data:  # fmt: skip
     train, search, test = parts
     spread = train[torch.linspace(0, len(train) - 1, min(calibration_images, len(train))).long()]
     return Data(
         train=BoxBatches(images[train], boxes[train], batch_size, shuffle=seed),
         search=BoxBatches(images[search], boxes[search], eval_batch_size),
-        test=BoxBatches(images[test], boxes[test], eval_batch_size),
+        test=BoxBatches(images[test], boxes[test], eval_batch_size, blocks=None if blocks is None else blocks[test]),
         calibration=BoxBatches(images[spread], boxes[spread], eval_batch_size),
         classes=classes,
     )

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torchvision.ops import box_iou, nms
 
 from ajpq.errors import AjpqError
+from ajpq.tasks import means
 
 Anchors = Sequence[tuple[float, float]]  # width and height, in cells
 SKYNET = ((1.4940052559648322, 2.3598481287086823), (4.0113013115312155, 5.760873975661669))
@@ -96,8 +97,11 @@ class Detection:
             found.append(box_iou(box[None], there).amax() if len(there) else (sure < 0.5).to(box))
         return torch.stack(found)
 
+    def per_image(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        return {"iou": self.quality(outputs, targets).double()}
+
     def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, float]:
-        found = {"iou": self.quality(outputs, targets).double().mean().item()}
+        found = means(self.per_image(outputs, targets))
         return found | (average_precision(*self.decode(outputs), targets) if self.average_precision else {})
 
     def _parts(self, outputs: Tensor) -> tuple[Tensor, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra.utils import instantiate
@@ -20,6 +21,7 @@ from ajpq.errors import AjpqError
 from ajpq.features import survivors
 from ajpq.files import remove_parts, write_text
 from ajpq.finetuning import finetune
+from ajpq.onnx_export import FILE as ONNX
 from ajpq.onnx_export import float_onnx
 from ajpq.onnx_graph import integer_graph
 from ajpq.policy import CompressionPolicy
@@ -30,7 +32,8 @@ from ajpq.resume import REPORT, SEARCH
 from ajpq.searching import search_in
 from ajpq.shipping import load, ship
 from ajpq.snapshot import STATE, check_same, fingerprint, keep
-from ajpq.training import accuracy, metrics, recalibrate
+from ajpq.speed import check_timing, measured
+from ajpq.training import accuracy, measure, recalibrate
 
 TUNING = "finetune.pt"  # state of the fine-tuning, after every epoch
 ONNX_IMAGES = 128  # of the calibration split, for the ranges of residual sums
@@ -48,6 +51,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
     """
     screen = Screen()
     backend = instantiate(cfg.search, _convert_="all")  # its errors come before anything is spent
+    check_timing(cfg.timing)
     _check_folder(folder, resumed=cfg.resume is not None)
     job = prepare(cfg, folder, screen)
     data, model, network, problem = job.data, job.model, job.network, job.problem
@@ -80,21 +84,22 @@ def run(cfg: DictConfig, folder: Path) -> None:
         recalibrate(student, data.calibration)
         ship(freeze(student), folder)
         raise
-    with screen.stage("ship"):
-        path, onnx = _shipped(cfg, job, final, folder, screen)
-        loaded = load(path)
+    path, onnx = _shipped(cfg, job, final, folder, screen)
+    loaded = load(path)
     with screen.stage("test"):
         searched = _corrected(cfg, job, result.policy)
-        found = {
-            name: metrics(net, data.test, problem.task)
-            for name, net in (("original", model), ("searched", searched), ("final", loaded))
-        }
+        found, values = {}, {}
+        for name, net in (("original", model), ("searched", searched), ("final", loaded)):
+            found[name], values[name] = measure(net, data.test, problem.task)
 
     costs = reporting.costs_of(problem, result.policy)
+    if onnx is not None:
+        onnx["claimed"] = reporting.claimed_speed(costs)
     report = {
         "metric": problem.task.metric,
         "metrics": {name: values[problem.task.metric] for name, values in found.items()},
         "metrics_in_full": found,
+        "differences": reporting.differences(values, getattr(data.test, "blocks", None)),
         "bytes": {
             "original": costs["size"]["original"] / 8,
             "claimed": costs["size"]["final"] / 8,
@@ -120,21 +125,24 @@ def run(cfg: DictConfig, folder: Path) -> None:
 
 def _shipped(
     cfg: DictConfig, job: Prepared, final: fx.GraphModule, folder: Path, screen: Screen
-) -> tuple[Path, dict[str, float] | None]:
+) -> tuple[Path, dict[str, Any] | None]:
     """The packed file, and what is to be told of model.onnx; None without one."""
-    if not cfg.onnx:
-        return ship(final, folder), None
-    images = torch.cat([x for x, *_ in take(job.data.calibration, ONNX_IMAGES)])
-    try:
-        path = ship(final, folder, images=images)
-        return path, {
-            "bytes": (folder / "model.onnx").stat().st_size,
-            "original_bytes": len(float_onnx(job.original.module, images)),
-            "metric": accuracy(integer_graph(final, images), job.data.test, job.problem.task),
-        }
-    except AjpqError as error:
-        screen.say(str(error))
-        return ship(final, folder), None
+    with screen.stage("ship"):
+        if not cfg.onnx:
+            return ship(final, folder), None
+        images = torch.cat([x for x, *_ in take(job.data.calibration, ONNX_IMAGES)])
+        try:
+            path = ship(final, folder, images=images)
+            shipped, original = (folder / ONNX).read_bytes(), float_onnx(job.original.module, images)
+            metric = accuracy(integer_graph(final, images), job.data.test, job.problem.task)
+        except AjpqError as error:
+            screen.say(str(error))
+            return ship(final, folder), None
+    timing = None
+    if cfg.timing is not None:
+        with screen.stage("measure"):
+            timing = measured(original, shipped, images, **cfg.timing)
+    return path, {"bytes": len(shipped), "original_bytes": len(original), "metric": metric, "timing": timing}
 
 
 def _check_folder(folder: Path, resumed: bool) -> None:

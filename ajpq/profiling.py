@@ -83,20 +83,15 @@ def _compare(cfg: DictConfig, device: Runner, folder: Path, screen: Screen) -> N
         runs = {name: device.start(subject) for name, subject in subjects.items()}
     with screen.stage("measure"):
         found = interleaved(runs, cfg.rounds)
-    rows = {name: _row(times, cfg.batch) for name, times in found.items()}
+    rows = {name: times.row(cfg.batch) for name, times in found.items()}
     if len(rows) > 1:
-        rows["ratio"] = _row(found["shipped"].over(found["original"]), 1)
+        rows["ratio"] = found["shipped"].over(found["original"]).row()
     screen.say(f"{device.device}, batch {cfg.batch}, {cfg.rounds} rounds in turns")
     for name, row in rows.items():
         unit = "of the original" if name == "ratio" else "ms per image"
         screen.say(f"{name:<9} {row['median']:.4g} {unit}, quartiles {row['low']:.4g} to {row['high']:.4g}")
     report = {"device": asdict(device.device), "batch": cfg.batch, "what": cfg.what, **rows}
     write_text(folder / RESULT, json.dumps(report, indent=1))
-
-
-def _row(times: Times, batch: int) -> dict[str, float]:
-    low, high = times.quartiles
-    return {"median": times.median / batch, "low": low / batch, "high": high / batch}
 
 
 def _subject(model: nn.Module, images: torch.Tensor, cuda: bool) -> Subject:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from ajpq.bootstrap import Paired, paired
 from ajpq.network import Network
 from ajpq.policy import CompressionPolicy
+from ajpq.speed import told
 
 _PACKAGES = (
     "torch",
@@ -24,7 +28,10 @@ _PACKAGES = (
     "safetensors",
     "onnx",
     "onnxruntime",
+    "openvino",
 )
+_STAGES = {"searched": "after search", "final": "after fine-tuning"}
+_VERDICTS = {"better": "better", "worse": "worse", "no better": "no difference can be told"}
 
 
 def versions() -> dict[str, str]:
@@ -83,6 +90,40 @@ def layers_of(network: Network, policy: CompressionPolicy) -> list[dict[str, Any
     return rows
 
 
+def claimed_speed(costs: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """What the cost models say of the time: ratios of the costs in ms; without one, of macs and bops."""
+    timed = [name for name, cost in costs.items() if cost["unit"] == "ms"]
+    return {name: costs[name]["ratio"] for name in timed or ("macs", "bops") if name in costs}
+
+
+def differences(
+    values: Mapping[str, Mapping[str, np.ndarray]], blocks: torch.Tensor | None = None
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """ "searched" and "final" -> metric -> `ajpq.bootstrap.Paired` against "original", as a dictionary.
+
+    values: network -> metric -> value of each test image (n,). blocks: (n,), see `ajpq.bootstrap.paired`.
+    """
+    return {
+        name: {
+            metric: asdict(paired(column, values["original"][metric], blocks))
+            for metric, column in values[name].items()
+        }
+        for name in _STAGES
+    }
+
+
+def difference_told(metric: str, stage: str, found: Mapping[str, Any]) -> str:
+    """found: as `differences` gives it."""
+    pair = Paired(**found)
+    where = f"{pair.images} test images" + (
+        f" in {pair.blocks} block{'s' * (pair.blocks > 1)}" if pair.blocks < pair.images else ""
+    )
+    line = f"{metric} {_STAGES[stage]}: {pair.mean:+.4f} to the original on the same {where}"
+    if pair.word is None:
+        return f"{line}, too few for an interval"
+    return f"{line}, 95 % interval {pair.low:+.4f} to {pair.high:+.4f}: {_VERDICTS[pair.word]}"
+
+
 def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
@@ -136,5 +177,12 @@ def show(report: Mapping[str, Any], console: Console) -> None:
             limit,
         )
     console.print(table)
+    for stage, found in report["differences"].items():
+        for name, difference in found.items():
+            if stage == "final" or name == metric:
+                console.print(difference_told(name, stage, difference), highlight=False, markup=False, soft_wrap=True)
+    if report["onnx"] is not None and report["onnx"]["timing"] is not None:
+        for line in told(report["onnx"]["timing"], report["onnx"]["claimed"]):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     spent = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report["seconds"].items())
     console.print(f"{report['evaluations']} evaluations; seconds: {spent}", highlight=False)

@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 from ajpq.errors import AjpqError
 
 SEARCH, REPORT = "search.json", "report.json"
-FREE = ("threads", "tensorboard", "onnx", "resume", "finetune", "hydra")  # keys and groups that cannot change a search
+# keys and groups that cannot change a search
+FREE = ("threads", "tensorboard", "onnx", "timing", "resume", "finetune", "hydra")
 
 
 def key_of(override: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,10 +13,11 @@ from torch.nn import functional as F
 class Task(Protocol):
     """outputs: of the network for a batch, (N, ...). targets: of the same images as the data give them, (N, ...).
 
-    Everything is per image, so that it can be summed over batches of any size; all but `metrics` carries gradients.
+    Everything but `metrics` is per image, so that it can be summed over batches of any size; losses and divergences
+    carry gradients.
     """
 
-    metric: str  # what the mean of `quality` over a split is called, e.g. "accuracy"; `metrics` must have it too
+    metric: str  # what `quality`, and its mean over a split, is called, e.g. "accuracy"; all reports must have it too
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """What training lowers, (N,)."""
@@ -29,8 +31,12 @@ class Task(Protocol):
     def quality(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """How good each output is, in [0, 1], (N,)."""
 
+    def per_image(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """What is reported and has a value for each image, float64 (N,), fractions. Differences between networks get
+        their intervals from it."""
+
     def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, float]:
-        """What is reported of a whole split, fractions."""
+        """What is reported of a whole split, fractions: the means of `per_image`, and what only a split has."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +58,19 @@ class Classification:
     def quality(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return (outputs.argmax(1) == targets).to(outputs.dtype)
 
-    def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, float]:
-        found = {"accuracy": self.quality(outputs.double(), targets).mean().item()}
+    def per_image(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        found = {"accuracy": self.quality(outputs, targets).double()}
         if outputs.shape[1] > 5:
-            right = (outputs.topk(5, dim=1).indices == targets[:, None]).any(1)
-            found["top5_accuracy"] = right.double().mean().item()
+            found["top5_accuracy"] = (outputs.topk(5, dim=1).indices == targets[:, None]).any(1).double()
         return found
+
+    def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, float]:
+        return means(self.per_image(outputs, targets))
+
+
+def means(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """Of every metric over its images."""
+    return {name: column.mean().item() for name, column in values.items()}
 
 
 CLASSIFICATION = Classification()

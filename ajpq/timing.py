@@ -169,6 +169,11 @@ class Times:
         low, high = np.quantile(self.samples, (0.25, 0.75))
         return float(low), float(high)
 
+    def row(self, images: int = 1) -> dict[str, float]:
+        """Median and quartiles (low, high), each divided by the images of a run."""
+        low, high = self.quartiles
+        return {"median": self.median / images, "low": low / images, "high": high / images}
+
     def over(self, other: Times) -> Times:
         """Ratios, round by round, to a network that was measured in the same rounds; without a unit."""
         return Times(self.samples / other.samples)

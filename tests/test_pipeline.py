@@ -60,7 +60,7 @@ def command(folder: Path, *overrides: str) -> tuple[int, str, str]:
 @pytest.fixture(scope="module")
 def job(tmp_path_factory) -> tuple[Path, dict, str]:
     folder = tmp_path_factory.mktemp("job")
-    status, out, err = command(folder, *QUICK, "search.warmup=6", "onnx=true")
+    status, out, err = command(folder, *QUICK, "search.warmup=6", "onnx=true", "timing.seconds=0.1")
     assert status == 0, err
     return folder / "run", json.loads((folder / "run/report.json").read_text()), out
 
@@ -82,6 +82,19 @@ def test_report_has_what_is_promised_and_adds_up(job):
     assert {"train", "search", "fine-tune", "ship", "test"} <= set(report["seconds"])
     assert report["seed"] == 0 and torch.__version__.startswith(report["versions"]["torch"])
     assert "accuracy after fine-tuning" in out and "best" in out and str(folder.name) in out
+
+
+def test_report_says_how_sure_the_difference_is_and_how_fast_the_network(job):
+    _, report, out = job
+    for stage in ("searched", "final"):
+        for name, found in report["differences"][stage].items():
+            ours, theirs = (report["metrics_in_full"][net][name] for net in (stage, "original"))
+            assert found["mean"] == pytest.approx(ours - theirs) and found["low"] <= found["mean"] <= found["high"]
+            assert found["images"] == found["blocks"] == 360
+    row = report["onnx"]["timing"]["runtimes"]["onnxruntime"]
+    assert row["ratio"] == pytest.approx(row["shipped"]["median"] / row["original"]["median"])
+    assert report["onnx"]["claimed"] == {name: report["costs"][name]["ratio"] for name in ("macs", "bops")}
+    assert "on the same 360 test images, 95 % interval" in out and "ONNX Runtime, batch 1, 1 thread: int8" in out
 
 
 def test_metrics_can_be_measured_again_from_the_files(job):
@@ -147,6 +160,7 @@ def test_a_policy_of_one_run_is_fine_tuned_by_another(job, tmp_path):
         (["search.algorithm=PPO"], ["algorithm", "PPO"]),
         (["evaluator.workers=0"], ["workers >= 1", "workers=0"]),
         (["evaluator.arithmetic=int4"], ["arithmetic", "'int4'", "auto"]),
+        (["timing.threads=0"], ["timing.threads", "0"]),
         (["train.epochs=-1"], ["epochs"]),
         (["finetune.lr=0"], ["lr"]),
         (["model=torchvision", "model.name=resnet18", "data=digits"], ["example input"]),
