@@ -27,6 +27,7 @@ from omegaconf import DictConfig
 
 from ajpq.errors import AjpqError
 from ajpq.explain import CONF, explain, first_bad_override
+from ajpq.parallel import check_alone
 from ajpq.resume import continued, folder_of, is_finished
 
 HOME = CONF.parent
@@ -63,6 +64,7 @@ def main(config: str = "config", module: str = "ajpq.pipeline") -> int:
         if os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())
         check_siblings()
+        check_alone("ajpq" if config == "config" else f"ajpq-{config}")
         if folder_of(command.overrides):
             if command.multirun or config != "config":
                 raise AjpqError(
@@ -187,13 +189,24 @@ def _command_line(config: str) -> argparse.Namespace:
 
 
 def _report(error: Exception, command: argparse.Namespace) -> int:
-    sentence = explain(error, command)
+    sentence = explain(error, command) or _unwritable(error)
     if sentence is None:
         raise error
     if DEBUG:
         traceback.print_exception(error)
     sys.stderr.write(f"ajpq: error: {sentence}\n")
     return BAD_INPUT
+
+
+def _unwritable(error: Exception) -> str | None:
+    """The sentence for what keeps Hydra from making the folder of a run, or its log there, before the job begins."""
+    cause = error if isinstance(error, OSError) else error.__cause__
+    if _folder is not None or not isinstance(cause, OSError) or cause.filename is None:
+        return None
+    return (
+        f"the folder of a run must be one that can be made and written to, but {cause.filename} cannot "
+        f"({cause.strerror}); choose another hydra.run.dir"
+    )
 
 
 def _discard(folder: Path, subfolder: str | None, name: str) -> None:

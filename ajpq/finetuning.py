@@ -14,6 +14,7 @@ from ajpq.features import Features
 from ajpq.lowering import Lowering
 from ajpq.outputs import quantize_outputs
 from ajpq.pact import use_pact
+from ajpq.parallel import draw_alike, spread
 from ajpq.recipe import check_settings
 from ajpq.training import fit, recalibrate
 
@@ -55,6 +56,7 @@ def finetune(
         epochs=epochs, lr=lr, lowering=lowering, lift=lift, activations=activations, features=features,
         distillation=teacher is not None, **training,
     )  # fmt: skip
+    draw_alike()
     inner = None
     if features and epochs:
         if not kept:
@@ -78,4 +80,5 @@ def finetune(
             if lower is not None:
                 lower.finish()
         recalibrate(student, islice(train, norm_batches))
+        spread(student)
     return freeze(student)

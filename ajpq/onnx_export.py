@@ -25,12 +25,14 @@ def to_onnx(network: fx.GraphModule, images: Tensor) -> bytes:
 
 
 @torch.no_grad()
-def float_onnx(network: nn.Module, images: Tensor) -> bytes:
-    """A module of one input as an ONNX model, without the places in the source that the exporter notes."""
-    example = images[:1].expand(2, *images.shape[1:]).contiguous()
+def float_onnx(network: nn.Module, images: Tensor, batch: int | None = None) -> bytes:
+    """A module of one input as an ONNX model of any batch or of one, without the places in the source that the exporter
+    notes. images (n, C, H, W): of its input."""
+    example = images[:1].expand(batch or 2, *images.shape[1:]).contiguous()
+    free = None if batch else ({0: torch.export.Dim.DYNAMIC},)
     try:
         program = torch.onnx.export(
-            network, (example,), dynamo=True, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), opset_version=OPSET,
+            network, (example,), dynamo=True, dynamic_shapes=free, opset_version=OPSET,
             input_names=["images"], output_names=["outputs"], verbose=False,
         )  # fmt: skip
     except Exception as error:  # the exporter raises its own kinds, and those of all it calls

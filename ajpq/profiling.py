@@ -27,7 +27,7 @@ from ajpq.latency_points import Builder
 from ajpq.onnx_export import FILE, float_onnx
 from ajpq.shipping import FILE as PACKED
 from ajpq.shipping import load
-from ajpq.timing import Runner, Subject, Times, interleaved, runner
+from ajpq.timing import Runner, Subject, interleaved, runner
 from ajpq.tracing import trace
 
 MODEL, RESULT = "model", "profile.json"

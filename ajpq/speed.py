@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ajpq.errors import AjpqError
-from ajpq.timing import Subject, Times, interleaved, processor, runner
+from ajpq.timing import Subject, interleaved, processor, runner
 
 NAMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 

@@ -191,3 +191,15 @@ def test_what_onnx_lacks_is_told_and_the_packed_file_kept(tmp_path: Path) -> Non
     with pytest.raises(AjpqError, match="use the packed file"):
         ship(final, tmp_path, images=torch.randn(2, 3, 8, 8))
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_narrow_depthwise_layers_run_in_float(tmp_path: Path) -> None:
+    parts = {"a": conv(3, 6), "b": nn.Conv2d(6, 6, 3, padding=1, groups=6), "c": conv(6, 4), "d": conv(4, 5)}
+    network = traced(lambda m, x: m.d(m.c(m.b(m.a(x).relu()).relu()).relu()), **parts)
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    final = frozen(network, images, sparsity=0, widths=(3,), act_bits=(8,))
+    found, kernels = run(to_onnx(final, images), images, tmp_path)
+    assert kernels["QLinearConv"] == 2 and kernels["Conv"] + kernels["FusedConv"] == 2  # b, and d at the end
+    with torch.no_grad():
+        difference = np.abs(found - final(images).numpy())
+    assert np.median(difference) < 1e-4 and difference.max() <= one_step(final).max()

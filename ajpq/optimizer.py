@@ -1,0 +1,42 @@
+"""How a training steps: SGD over three kinds of parameters, and a learning rate that rises and falls."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from ajpq.errors import AjpqError
+
+
+def sgd(model: nn.Module, lr: float, momentum: float, weight_decay: float, scale_lr: float) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum over three groups, whose `factor` their learning rates are multiplied by. Parameters
+    of two or more dimensions decay, and those whose name ends in "clip"; those whose name ends in "scale" have the
+    factor `scale_lr`. Raises AjpqError if nothing can be trained."""
+    groups: dict[str, dict] = {
+        "decayed": {"params": [], "weight_decay": weight_decay, "factor": 1.0},
+        "plain": {"params": [], "weight_decay": 0.0, "factor": 1.0},
+        "scales": {"params": [], "weight_decay": 0.0, "factor": scale_lr},
+    }
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            decayed = p.ndim > 1 or name.endswith("clip")
+            kind = "scales" if name.endswith("scale") else "decayed" if decayed else "plain"
+            groups[kind]["params"].append(p)
+    filled = [group for group in groups.values() if group["params"]]
+    if not filled:
+        raise AjpqError(
+            "Training needs at least one parameter that requires a gradient, but the model has none: "
+            "unfreeze it or use epochs=0."
+        )
+    return torch.optim.SGD(filled, lr=lr, momentum=momentum, nesterov=momentum > 0)
+
+
+def rate(step: int, steps: int, lr: float, warmup: float) -> float:
+    """The learning rate of a step, counted from 0: linear to `lr` over the fraction `warmup` of all steps, then along a
+    cosine to 0 (Loshchilov and Hutter 2017, arXiv 1608.03983)."""
+    rise = round(warmup * steps)
+    if step < rise:
+        return lr * (step + 1) / rise
+    return lr * 0.5 * (1 + math.cos(math.pi * min((step - rise) / max(steps - rise, 1), 1.0)))
