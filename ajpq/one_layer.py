@@ -21,6 +21,7 @@ from torch import fx, nn
 from ajpq.layers import Geometry
 from ajpq.network import LayerSpec, Network
 from ajpq.onnx_export import OPSET
+from ajpq.onnx_layers import NARROW
 
 PRECISIONS = ("float32", "int8")
 _IR = 10
@@ -166,9 +167,9 @@ class _Model:
         self.nodes.append(helper.make_node(op, inputs, [output], **attributes))
         return output
 
-    def weight(self, name: str, shape: tuple[int, ...], axis: int) -> str:
+    def weight(self, name: str, shape: tuple[int, ...], axis: int, coded: bool = True) -> str:
         values = (self.random.random(shape, np.float32) - 0.5) * np.sqrt(12 * shape[axis] / np.prod(shape))
-        if not self.int8:
+        if not self.int8 or not coded:
             return self.tensor(name, values.astype(np.float32))
         codes = np.clip(np.round(values / np.abs(values).max() * 127), -127, 127).astype(np.int8)
         scale = self.tensor(f"{name}_scale", np.full(shape[axis], np.abs(values).max() / 127, np.float32))
@@ -210,7 +211,11 @@ class _Conv(_Model):
 
     def layer(self, x: str, name: str, groups: int) -> str:
         point, shape = self.point, self.shape
-        weight = self.weight(name, (point.outputs, point.inputs, *shape.kernel), 0)
+        narrow = self.int8 and shape.kind == "depthwise" and point.outputs < NARROW  # as in the files that are shipped
+        if narrow:
+            ends = [self.tensor(f"{name}_{end}", np.float32(end)) for end in (-128 * 0.02, 127 * 0.02)]
+            x = self.node("Clip", [x, *ends], f"{name}_input")
+        weight = self.weight(name, (point.outputs, point.inputs, *shape.kernel), 0, coded=not narrow)
         bias = self.bias(f"{name}_bias") if shape.bias else None
         return self.convolved(
             x, name, weight, bias, shape.relu, kernel_shape=shape.kernel, strides=shape.stride, pads=shape.pads,

@@ -1,11 +1,14 @@
 """The latency table: what it predicts, what it refuses, and how it is built."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import hydra
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -22,7 +25,8 @@ from ajpq.explain import CONF
 from ajpq.latency import EMPTY, WHOLE, LatencyTable, LatencyTableCost, layer_grids, never_falling
 from ajpq.latency_points import Builder
 from ajpq.network import Network
-from ajpq.one_layer import PRECISIONS, Point
+from ajpq.one_layer import PRECISIONS, Point, Shape, model_of
+from ajpq.one_layer import images_of as inputs_of
 from ajpq.policy import CompressionPolicy
 from ajpq.testing import check_cost_model
 from ajpq.testing.problems import small_network
@@ -269,3 +273,15 @@ def test_command_builds_and_search_is_limited(tmp_path: Path, capsys: pytest.Cap
     budget = Budget(network, costs, {"latency": 1.0}, low)
     assert 0 < budget.ratios(low)["latency"] <= 1 and budget.costs["latency"].unit == "ms"
     assert images_of("digits_cnn").shape[1:] == LatencyTable.read(path).image
+
+
+@pytest.mark.parametrize(("channels", "floats"), [(3, 2), (8, 0)])
+def test_narrow_depthwise_layers_are_measured_in_float(channels: int, floats: int, tmp_path: Path) -> None:
+    shape = Shape("depthwise", (8, 8), (3, 3), pads=(1, 1, 1, 1), relu="relu")
+    point, written = Point(shape, 1, channels, "int8"), tmp_path / "optimized.onnx"
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.optimized_model_filepath = 3, str(written)
+    session = onnxruntime.InferenceSession(model_of(point, 2), options, providers=["CPUExecutionProvider"])
+    assert len(session.run(None, {"images": inputs_of(point, 1)})) == 2
+    kernels = Counter(node.op_type for node in onnx.load(written).graph.node)
+    assert (kernels["Conv"], kernels["QLinearConv"]) == (floats, 3 - floats)  # the stem is always int8
