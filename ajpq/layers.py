@@ -101,8 +101,8 @@ class FrozenLayer(nn.Module):
     raw:   float32 (number of kernels of 32 bits, c_in / groups, kh, kw)
     bias:  float32 (c_out,) or None; representable in float16 for kernels of up to 8 bits
 
-    Where kernels and input are integers, the bias is added to their sums as an integer too, as runtimes do it: rounded
-    to `unit`.
+    Where kernels and input are integers, so is what is added up, the bias too, rounded to `unit`: as in runtimes. Such
+    sums are exact (below 2^24) in any order, so they do not depend on the batch, on threads or on the processor.
     """
 
     def __init__(
@@ -124,6 +124,14 @@ class FrozenLayer(nn.Module):
         self.register_buffer("weight", weight, persistent=False)
         unit, whole = self.unit, self.whole_bias
         self.register_buffer("shift", self.bias if whole is None else whole * unit, persistent=False)
+        integer = unit is not None and (bias is None or whole is not None)
+        each = (-1, 1, 1) if geometry.conv else (-1,)
+        for name, value in (
+            ("_codes", self.container[0].float() if integer else None),
+            ("_bias", whole if integer else None),
+            ("_unit", unit.reshape(each) if integer else None),
+        ):
+            self.register_buffer(name, value, persistent=False)
 
     @property
     def container(self) -> tuple[Tensor, Tensor]:
@@ -157,7 +165,10 @@ class FrozenLayer(nn.Module):
         return whole if (whole.abs() < 2**30).all() else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.geometry.apply(self.act(x), self.weight, self.shift)
+        if self._unit is None:
+            return self.geometry.apply(self.act(x), self.weight, self.shift)
+        codes = quantize.act_codes(x, self.act.scale, self.act.bits, self.act.signed)
+        return self.geometry.apply(codes, self._codes, self._bias) * self._unit
 
     def extra_repr(self) -> str:
         return f"{tuple(self.codes.shape)}, mean bits={self.bits.float().mean().item():.2f}"

@@ -200,6 +200,12 @@ def _act(x: Tensor, scale: Tensor, lo: int, hi: int) -> Tensor:
     return torch.fake_quantize_per_tensor_affine(x, scale, torch.zeros((), dtype=torch.int32, device=x.device), lo, hi)
 
 
+def act_codes(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
+    """The whole numbers of `fake_quantize_act`, as floats; bits below 32."""
+    lo, hi = act_range(bits, signed)
+    return (x * (1 / usable(scale.abs()))).round_().clamp_(lo, hi)
+
+
 def fake_quantize_act(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
     """Activations of any shape on ``scale * {lo..hi}``; scale is a scalar tensor. 32 bits -> x itself."""
     if bits == FLOAT:

@@ -135,7 +135,9 @@ def test_nothing_is_rounded_where_one_quantizer_reads(tmp_path: Path) -> None:
     )
     images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2)) * 4
     final = frozen(network, images, sparsity=0, widths=NARROW, act_bits=(8,))
-    final.d.act.scale.fill_(0.03)  # a grid that ends above 6
+    d = final.d
+    d.act.scale.fill_(0.03)  # a grid that ends above 6
+    final.d = FrozenLayer(d.codes, d.bits, d.scale, d.raw, d.bias, d.geometry, d.act)
     graph = integer_graph(final, images)
     with torch.no_grad():
         difference = (graph(images) - final(images)).abs().numpy().reshape(4, 5, -1)

@@ -104,3 +104,14 @@ def test_a_bias_of_integers_is_whole() -> None:
             units = layer.shift / layer.unit
             assert (units - units.round()).abs().max() <= 1e-6 * units.abs().max().clamp(min=1)
             assert ((layer.shift - layer.bias).abs() <= 0.5001 * layer.unit).all() and layer.unit.min() > 0
+
+
+def test_sums_of_integers_do_not_depend_on_their_order() -> None:
+    network, images = network_of("resnet20"), images_of("resnet20", 8, seed=2)
+    student = student_of(network, images, widths=(4, 8))
+    quantize_outputs(student, images)
+    final = freeze(student)
+    with torch.no_grad():
+        whole, single = final(images), torch.cat([final(image[None]) for image in images])
+        last = final(images.contiguous(memory_format=torch.channels_last))
+    assert torch.equal(whole, single) and torch.equal(whole, last)
