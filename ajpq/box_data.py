@@ -1,4 +1,4 @@
-"""Images with boxes: the folder of the DAC-SDC contest (a csv file) and COCO's json, as whole batches in memory."""
+"""Images with boxes: the folder of the DAC-SDC contest (a csv file) and COCO's json, read when they are asked for."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms import v2
 
 from ajpq.data import Data
 from ajpq.epochs import batches_in, begun, restarted, seeded
 from ajpq.errors import AjpqError
+from ajpq.pictures import Pictures, check_counts
 
 Labelled = dict[Path, list[tuple[float, float, float, float]]]  # image -> corners x1, y1, x2, y2 in pixels
 RESIZE = {"nearest": Image.NEAREST, "bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}
@@ -24,29 +26,43 @@ RESIZE = {"nearest": Image.NEAREST, "bilinear": Image.BILINEAR, "bicubic": Image
 class BoxBatches:
     """Batches of normalised float32 images (N, 3, H, W) and boxes (N, M, 4): corners as fractions, unused rows all -1.
 
-    images: uint8 (n, 3, H, W). boxes: float32 (n, M, 4). mean, std: of pixel / 255. shuffle: the seed of the order and
-        of the augmentation, both drawn anew every epoch; None = fixed order, all images, as they are. Augmented images
-        are mirrored with probability 1/2, moved by up to `move` of their width and height (what leaves the image is cut
-        off its box; a box that loses more than half is dropped) and changed in brightness by up to `light`.
-    blocks: int64 (n,), the same number for images that may show the same scene: what a test split tells of the
-        difference of two networks is counted by them (`ajpq.bootstrap`). None = every image by itself.
+    pictures: of one size, their targets are the boxes. images: the numbers (n,) of those that are here. mean, std: of
+        pixel / 255. shuffle: the seed of the order and of the augmentation, both drawn anew every epoch; None = fixed
+        order, all images, as they are. Augmented images are mirrored with probability 1/2, moved by up to `move` of
+        their width and height (what leaves the image is cut off its box; a box that loses more than half is dropped)
+        and changed in brightness by up to `light`. workers: processes that read; 0 = this one. The batches are the same
+        for every number of workers.
+    scenes: int64, for every picture: the same number for images that may show the same scene. None = every image by
+        itself.
     """
 
     def __init__(
-        self, images: Tensor, boxes: Tensor, batch_size: int, *, mean: float = 0.5, std: float = 0.25,
-        shuffle: int | None = None, move: float = 0.1, light: float = 0.2, blocks: Tensor | None = None,
+        self, pictures: Pictures, images: Tensor, batch_size: int, *, mean: float = 0.5, std: float = 0.25,
+        shuffle: int | None = None, move: float = 0.1, light: float = 0.2, workers: int = 0,
+        scenes: Tensor | None = None,
     ) -> None:  # fmt: skip
-        if batch_size < 1:
-            raise AjpqError(f"`batch_size >= 1` must hold, but {batch_size=}: give the number of images per batch.")
-        self.images, self.boxes, self.batch_size = images, boxes, batch_size
-        self.mean, self.std, self.move, self.light, self.blocks = mean, std, move, light, blocks
+        check_counts(1, batch_size=batch_size)
+        self.pictures, self.images, self.batch_size, self.workers = pictures, images, batch_size, workers
+        self.mean, self.std, self.move, self.light, self.scenes = mean, std, move, light, scenes
         self._epochs = seeded(shuffle)
 
+    @property
+    def boxes(self) -> Tensor:
+        return self.pictures.targets[self.images]
+
+    @property
+    def blocks(self) -> Tensor | None:
+        """The scenes (n,) of the images, without those that could not be read so far: what a test split tells of the
+        difference of two networks is counted by them (`ajpq.bootstrap`)."""
+        if self.scenes is None:
+            return None
+        lost = torch.tensor(sorted(self.pictures.unreadable), dtype=torch.int64)
+        return self.scenes[self.images[~torch.isin(self.images, lost)]]
+
     def part(self, chosen: Tensor) -> BoxBatches:
-        """The same over some of the images: their numbers (n,)."""
+        """The same over some of the images: their places (n,) in `images`."""
         twin = copy.copy(self)
-        twin.images, twin.boxes = self.images[chosen], self.boxes[chosen]
-        twin.blocks = None if self.blocks is None else self.blocks[chosen]
+        twin.images = self.images[chosen]
         twin._epochs = restarted(self._epochs)
         return twin
 
@@ -54,20 +70,14 @@ class BoxBatches:
         return batches_in(len(self.images), self.batch_size, self._epochs)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        if self._epochs is None:
-            for images, boxes in zip(
-                self.images.split(self.batch_size), self.boxes.split(self.batch_size), strict=True
-            ):
-                yield self._normalised(images.float()), boxes
-            return
-        epoch = begun(self._epochs)
-        order = torch.randperm(len(self.images), generator=epoch)
-        for chosen in order.split(self.batch_size)[: len(self)]:
-            images, boxes = self._augmented(self.images[chosen], self.boxes[chosen], epoch)
-            yield self._normalised(images), boxes
-
-    def _normalised(self, images: Tensor) -> Tensor:
-        return (images / 255 - self.mean) / self.std
+        epoch = None if self._epochs is None else begun(self._epochs)
+        order = self.images if epoch is None else self.images[torch.randperm(len(self.images), generator=epoch)]
+        keys = [[(number, None) for number in part.tolist()] for part in order.split(self.batch_size)[: len(self)]]
+        for images, numbers in self.pictures.batches(keys, v2.Identity(), self.workers):
+            boxes = self.pictures.targets[numbers]
+            if epoch is not None:
+                images, boxes = self._augmented(images, boxes, epoch)
+            yield (images.float() / 255 - self.mean) / self.std, boxes
 
     def _augmented(self, images: Tensor, boxes: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         n, c, h, w = images.shape
@@ -101,15 +111,19 @@ def _moved(boxes: Tensor, mirrored: Tensor, dx: Tensor, dy: Tensor) -> Tensor:
 
 def dac_sdc(
     root: str | Path, seed: int = 0, size: tuple[int, int] = (160, 320), batch_size: int = 16, train: float = 0.6,
-    search: float = 0.15, block: int = 20, calibration_images: int = 200, resize: str = "nearest",
-    eval_batch_size: int = 25,
+    search: float = 0.15, block: int = 20, calibration_images: int = 200, resize: str = "nearest", workers: int = 0,
+    cache_bytes: int = 2**30, eval_batch_size: int = 25,
 ) -> Data:  # fmt: skip
     """UAV frames with one object each: `root`/boxes.csv (file, xmin, ymin, xmax, ymax in pixels) and `root`/images.
 
     Frames that follow each other may show the same scene: whole blocks of `block` consecutive frames (20: our choice)
     go to train, search or test, and count as one where the test split says how sure a difference is. train, search:
     fractions of the blocks; the rest is the test split. size: (H, W) of the network's input. resize: nearest, bilinear
-    or bicubic. Raises AjpqError for a missing folder, table or image.
+    or bicubic. workers: processes that read. cache_bytes: of resized images kept in memory, at most, 3 * H * W for each
+    (0.15 MB at 160 x 320); what does not fit is read anew in every epoch.
+
+    Raises AjpqError for a missing folder or table, and more than 1 % unreadable images; fewer are left out with a
+    warning.
     """
     root = Path(root)
     table = root / "boxes.csv"
@@ -127,8 +141,8 @@ def dac_sdc(
                 raise AjpqError(
                     f"every line of {table} must have file, xmin, ymin, xmax, ymax, but one is {row}; mend it"
                 ) from error
-    images, boxes = _read(labelled, size, resize)
-    blocks = np.arange(len(images)) // block
+    pictures = _pictures(labelled, size, resize, cache_bytes)
+    blocks = np.arange(len(labelled)) // block
     order = np.random.default_rng(seed).permutation(blocks.max() + 1)
     ends = [round(train * len(order)), round((train + search) * len(order))]
     if not 0 < ends[0] < ends[1] < len(order):
@@ -137,33 +151,30 @@ def dac_sdc(
             f"{len(order)} blocks empty; change them or `block`"
         )
     parts = [torch.from_numpy(np.flatnonzero(np.isin(blocks, some))) for some in np.split(order, ends)]
-    return _splits(images, boxes, parts, seed, batch_size, eval_batch_size, calibration_images, ("object",),
-                   blocks=torch.from_numpy(blocks))  # fmt: skip
+    return _splits(pictures, parts, seed, batch_size, eval_batch_size, calibration_images, workers,
+                   torch.from_numpy(blocks))  # fmt: skip
 
 
 def coco(
     root: str | Path, seed: int = 0, size: tuple[int, int] = (160, 320), batch_size: int = 16, search: float = 0.2,
-    calibration_images: int = 200, resize: str = "nearest", eval_batch_size: int = 25,
-    annotations: str = "_annotations.coco.json",
+    calibration_images: int = 200, resize: str = "nearest", workers: int = 0, cache_bytes: int = 2**30,
+    eval_batch_size: int = 25, annotations: str = "_annotations.coco.json",
 ) -> Data:  # fmt: skip
     """Images with boxes in COCO's json: `root`/train and `root`/valid (or test), each with images and `annotations`.
 
-    All categories count as one. search: fraction of train. Raises AjpqError for a missing or broken folder.
+    All categories count as one. search: fraction of train. The other settings are those of `dac_sdc`. Raises AjpqError
+    for a missing or broken folder, and more than 1 % unreadable images; fewer are left out with a warning.
     """
     root = Path(root)
     test = next((name for name in ("test", "valid", "val") if (root / name / annotations).is_file()), "valid")
-    (images, boxes), (later, theirs) = (
-        _read(_coco_boxes(root / part / annotations), size, resize) for part in ("train", test)
-    )
-    count = round(search * len(images))
-    if not 0 < count < len(images):
+    ours, theirs = (_coco_boxes(root / part / annotations) for part in ("train", test))
+    count = round(search * len(ours))
+    if not 0 < count < len(ours):
         raise AjpqError(f"`0 < search < 1` must hold and leave images to train on, but {search=}; use search=0.2")
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    most = max(boxes.shape[1], theirs.shape[1])
-    boxes, theirs = (torch.nn.functional.pad(b, (0, 0, 0, most - b.shape[1]), value=-1.0) for b in (boxes, theirs))
-    parts = [order[count:], order[:count].sort().values, len(images) + torch.arange(len(later))]
-    return _splits(torch.cat([images, later]), torch.cat([boxes, theirs]), parts, seed, batch_size, eval_batch_size,
-                   calibration_images, ("object",))  # fmt: skip
+    order = torch.randperm(len(ours), generator=torch.Generator().manual_seed(seed))
+    parts = [order[count:], order[:count].sort().values, len(ours) + torch.arange(len(theirs))]
+    return _splits(_pictures(ours | theirs, size, resize, cache_bytes), parts, seed, batch_size, eval_batch_size,
+                   calibration_images, workers)  # fmt: skip
 
 
 def _coco_boxes(path: Path) -> Labelled:
@@ -183,40 +194,38 @@ def _coco_boxes(path: Path) -> Labelled:
     return labelled
 
 
-def _read(labelled: Labelled, size: Sequence[int], resize: str) -> tuple[Tensor, Tensor]:
-    """Images uint8 (n, 3, H, W) and boxes (n, M, 4) as fractions."""
+def _pictures(labelled: Labelled, size: Sequence[int], resize: str, cache_bytes: int) -> Pictures:
+    """Images (3, H, W) of `size` with boxes (M, 4) as fractions."""
+    check_counts(0, cache_bytes=cache_bytes)
     if resize not in RESIZE:
         raise AjpqError(f"resize must be one of {', '.join(RESIZE)}, but it is {resize!r}; choose one")
     if not labelled:
         raise AjpqError("detection needs images, but the table names none; check data.root")
     h, w = size
-    images = torch.empty(len(labelled), 3, h, w, dtype=torch.uint8)
+    check_counts(1, height=h, width=w)
     boxes = torch.full((len(labelled), max(1, *map(len, labelled.values())), 4), -1.0)
-    for i, (path, corners) in enumerate(labelled.items()):
-        try:
-            with Image.open(path) as picture:
-                scale = torch.tensor([picture.width, picture.height] * 2, dtype=torch.float32)
-                small = picture.convert("RGB").resize((w, h), RESIZE[resize])
-        except (OSError, UnidentifiedImageError) as error:
-            raise AjpqError(
-                f"every image of the table must be there and readable, but {path} is not: {error}"
-            ) from error
-        images[i] = torch.from_numpy(np.array(small)).permute(2, 0, 1)
-        if corners:
-            boxes[i, : len(corners)] = torch.tensor(corners) / scale
-    return images, boxes
+    pictures = Pictures(list(labelled), boxes, cache_bytes, lambda picture: picture.resize((w, h), RESIZE[resize]))
+    sizes = [pictures.size(number) for number in range(len(labelled))]
+    pictures.miss([number for number, found in enumerate(sizes) if found is None])
+    pictures.tell()
+    for rows, corners, found in zip(boxes, labelled.values(), sizes, strict=True):
+        if corners and found:
+            rows[: len(corners)] = torch.tensor(corners) / torch.tensor(found * 2, dtype=torch.float32)
+    return pictures
 
 
 def _splits(
-    images: Tensor, boxes: Tensor, parts: Sequence[Tensor], seed: int, batch_size: int, eval_batch_size: int,
-    calibration_images: int, classes: tuple[str, ...], blocks: Tensor | None = None,
+    pictures: Pictures, parts: Sequence[Tensor], seed: int, batch_size: int, eval_batch_size: int,
+    calibration_images: int, workers: int, scenes: Tensor | None = None,
 ) -> Data:  # fmt: skip
+    check_counts(0, workers=workers)
     train, search, test = parts
     spread = train[torch.linspace(0, len(train) - 1, min(calibration_images, len(train))).long()]
+    settings = {"workers": workers, "scenes": scenes}
     return Data(
-        train=BoxBatches(images[train], boxes[train], batch_size, shuffle=seed),
-        search=BoxBatches(images[search], boxes[search], eval_batch_size),
-        test=BoxBatches(images[test], boxes[test], eval_batch_size, blocks=None if blocks is None else blocks[test]),
-        calibration=BoxBatches(images[spread], boxes[spread], eval_batch_size),
-        classes=classes,
+        train=BoxBatches(pictures, train, batch_size, shuffle=seed, **settings),
+        search=BoxBatches(pictures, search, eval_batch_size, **settings),
+        test=BoxBatches(pictures, test, eval_batch_size, **settings),
+        calibration=BoxBatches(pictures, spread, eval_batch_size, **settings),
+        classes=("object",),
     )

@@ -27,7 +27,7 @@ from omegaconf import DictConfig
 
 from ajpq.errors import AjpqError
 from ajpq.explain import CONF, explain, first_bad_override
-from ajpq.parallel import check_alone
+from ajpq.launched import check_alone
 from ajpq.resume import continued, folder_of, is_finished
 
 HOME = CONF.parent

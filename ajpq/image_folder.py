@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 from ajpq.data import Data, stratified_order
 from ajpq.errors import AjpqError
-from ajpq.pictures import PictureBatches, Pictures
+from ajpq.pictures import PictureBatches, Pictures, check_counts
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -54,7 +54,11 @@ def imagefolder(
     Raises AjpqError for a missing or empty folder, classes that are not listed or differ, and more than 1 % unreadable
     images; fewer are left out with a warning.
     """
-    _check(size, resize, search_images, calibration_images, limit, workers, cache_bytes, batch_size, eval_batch_size)
+    check_counts(1, size=size, search_images=search_images, calibration_images=calibration_images, limit=limit,
+                 batch_size=batch_size, eval_batch_size=eval_batch_size)  # fmt: skip
+    check_counts(0, workers=workers, cache_bytes=cache_bytes)
+    if resize < size:
+        raise AjpqError(f"`resize >= size` must hold, as the centre is cut out, but {resize=} and {size=}; raise it")
     folder, test_part = _find(Path(root))
     train, test = _files(folder / "train"), _files(folder / test_part)
     names, indices = _indices(folder, train, test, classes)
@@ -95,18 +99,6 @@ def imagenette(root: str | Path, seed: int = 0, imagenet: bool = True, resize: i
     data = imagefolder(root, seed, resize=resize, classes=indices, **settings)
     told = dict(IMAGENETTE.values()) if imagenet else dict(enumerate(name for _, name in IMAGENETTE.values()))
     return replace(data, classes=tuple(told.get(i, "") for i in range(max(told) + 1)))
-
-
-def _check(size: int, resize: int, search: int, calibration: int, limit: int | None, workers: int, cache: int,
-           *batch_sizes: int) -> None:  # fmt: skip
-    counts = {"size": size, "search_images": search, "calibration_images": calibration, "limit": limit}
-    counts |= {"batch_size": batch_sizes[0], "eval_batch_size": batch_sizes[1]}
-    for name, least in {**dict.fromkeys(counts, 1), "workers": 0, "cache_bytes": 0}.items():
-        value = {**counts, "workers": workers, "cache_bytes": cache}[name]
-        if value is not None and value < least:
-            raise AjpqError(f"`{name} >= {least}` must hold, but {name}={value}; give another number")
-    if resize < size:
-        raise AjpqError(f"`resize >= size` must hold, as the centre is cut out, but {resize=} and {size=}; raise it")
 
 
 def _find(root: Path) -> tuple[Path, str]:

@@ -176,7 +176,7 @@ def _gradients(network: Network, x: Tensor, y: Tensor, task: Task) -> dict[str, 
         calls = [call for found in probe.calls.values() for call in found]
         kept = [tensor for call in calls for tensor in (call.output, call.after)]
         found = torch.autograd.grad(task.losses(logits, y).sum(), kept, allow_unused=True)
-    grads = [torch.zeros_like(t) if g is None else g for t, g in zip(kept, found, strict=True)]
+        grads = [torch.zeros_like(t) if g is None else g for t, g in zip(kept, found, strict=True)]
     for call, of_output, of_after in zip(calls, grads[::2], grads[1::2], strict=True):
         call.output_grad, call.after_grad = of_output, of_after
         call.output, call.after = call.output.detach(), call.after.detach()
@@ -189,6 +189,7 @@ def _of_images(values: Tensor, layer: LayerSpec, images: int) -> Tensor:
     return values.double().reshape(len(values), layer.c_out, -1).sum(2).reshape(images, -1, layer.c_out).sum(1)
 
 
+@torch.inference_mode(False)  # inside inference mode torch.func.grad of torch 2.11 gives 0
 def _squares(network: Network, layer: LayerSpec, calls: Sequence[_Call], images: int) -> Tensor:
     """The sum over images of the squares of a kernel's weights times their gradients: (c_out,)."""
     module = network.module.get_submodule(layer.name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -31,10 +33,13 @@ def float_onnx(network: nn.Module, images: Tensor, batch: int | None = None) -> 
     example = images[:1].expand(batch or 2, *images.shape[1:]).contiguous()
     free = None if batch else ({0: torch.export.Dim.DYNAMIC},)
     try:
-        program = torch.onnx.export(
-            network, (example,), dynamo=True, dynamic_shapes=free, opset_version=OPSET,
-            input_names=["images"], output_names=["outputs"], verbose=False,
-        )  # fmt: skip
+        with warnings.catch_warnings():
+            # The exporter of torch 2.11 copies parts of torch that torch 2.11 calls deprecated.
+            warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", FutureWarning)
+            program = torch.onnx.export(
+                network, (example,), dynamo=True, dynamic_shapes=free, opset_version=OPSET,
+                input_names=["images"], output_names=["outputs"], verbose=False,
+            )  # fmt: skip
     except Exception as error:  # the exporter raises its own kinds, and those of all it calls
         reason = (str(error).splitlines() or [""])[0][:200]
         raise AjpqError(

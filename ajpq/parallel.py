@@ -17,6 +17,7 @@ from torch import distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ajpq.errors import AjpqError
+from ajpq.launched import launched
 
 
 def join() -> torch.device:
@@ -46,20 +47,6 @@ def leave() -> None:
 def is_main() -> bool:
     """Whether this process is the one to write files and to print."""
     return int(os.environ.get("RANK", 0)) == 0 if not _joined() else dist.get_rank() == 0
-
-
-def launched() -> int:
-    """How many processes a launcher has started."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def check_alone(command: str) -> None:
-    """Raise AjpqError if several processes were started of something that runs in one."""
-    if launched() > 1:
-        raise AjpqError(
-            f"`{command}` runs in one process, but {launched()} were launched; run it alone, and fine-tune what it "
-            "found with several processes by a script, see docs/finetuning.md"
-        )
 
 
 @torch.no_grad()

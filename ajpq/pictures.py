@@ -9,7 +9,7 @@ import copy
 import mmap
 import multiprocessing
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +30,19 @@ class Cache:
     """uint8 images by number, shared by all worker processes that are forked from here.
 
     images: how many numbers there are. cap: bytes at most; memory is taken as images come in, and what does not fit is
-    not kept.
+    not kept. Raises AjpqError if the machine cannot have that much.
     """
 
     def __init__(self, images: int, cap: int) -> None:
         self._cap, self._lock = cap, multiprocessing.Lock()
         # Anonymous shared memory: /dev/shm, where torch would put it, is small in many containers.
-        self._pixels = np.frombuffer(mmap.mmap(-1, max(cap, 1)), np.uint8)
+        try:
+            self._pixels = np.frombuffer(mmap.mmap(-1, max(cap, 1)), np.uint8)
+        except (OSError, OverflowError) as error:
+            raise AjpqError(
+                f"this machine must have the memory that data.cache_bytes allows, but {cap} bytes it cannot give "
+                f"({error}); lower it: images beyond it are read anew in every epoch"
+            ) from error
         self._table = np.frombuffer(mmap.mmap(-1, 32 * (images + 1)), np.int64).reshape(-1, 4)  # there, start, H, W
         self._used = self._table[-1]  # the row after the last image: bytes in use
 
@@ -56,17 +62,36 @@ class Cache:
             self._used[0] = start + image.numel()
 
 
+def check_counts(least: int, **counts: int | None) -> None:
+    """Raise AjpqError for a setting below `least`; None is not given."""
+    for name, value in counts.items():
+        if value is not None and value < least:
+            raise AjpqError(f"`{name} >= {least}` must hold, but {name}={value}; give another number")
+
+
 class Pictures:
-    """The images of one data set. paths: (N,) files. labels: int64 (N,). cache_bytes: decoded pixels kept in memory.
+    """The images of one data set. paths: (N,) files. targets: (N, ...), what belongs to each. cache_bytes: of decoded
+    pixels kept in memory, at most. ready: what is done to an image before it is kept; None = nothing.
 
     `unreadable` holds the numbers of those that could not be read so far.
     """
 
-    def __init__(self, paths: Sequence[Path], labels: Tensor, cache_bytes: int) -> None:
-        self.paths, self.labels = np.array([str(path) for path in paths]), labels
+    def __init__(
+        self, paths: Sequence[Path], targets: Tensor, cache_bytes: int,
+        ready: Callable[[Image.Image], Image.Image] | None = None,
+    ) -> None:  # fmt: skip
+        self.paths, self.targets, self._ready = np.array([str(path) for path in paths]), targets, ready
         self.unreadable: set[int] = set()
         self._told = 0
         self._cache = Cache(len(paths), cache_bytes)
+
+    def size(self, number: int) -> tuple[int, int] | None:
+        """Width and height in the file, pixels, or None if its header cannot be read; no pixel is decoded."""
+        try:
+            with Image.open(self.paths[number]) as file:
+                return file.size
+        except Exception:  # a damaged file can fail in any way
+            return None
 
     def read(self, number: int) -> Tensor | None:
         """uint8 (3, H, W), or None if the file cannot be read."""
@@ -74,11 +99,29 @@ class Pictures:
         if image is None:
             try:
                 with Image.open(self.paths[number]) as file:
-                    image = functional.pil_to_tensor(file.convert("RGB"))
+                    whole = file.convert("RGB")
+                    image = functional.pil_to_tensor(whole if self._ready is None else self._ready(whole))
             except Exception:  # a damaged file can fail in any way
                 return None
             self._cache.put(number, image)
         return image
+
+    def batches(
+        self, keys: Sequence[Sequence[tuple[int, int | None]]], transform: Callable[[Tensor], Tensor], workers: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each list of (number, seed of `transform` or None): uint8 images (n, 3, H, W) and their numbers (n,).
+
+        workers: processes that decode and transform; 0 = this one. Images that cannot be read are left out and told.
+        """
+        loader = DataLoader(
+            _Views(self, transform), batch_sampler=keys, collate_fn=_together, num_workers=workers,
+            multiprocessing_context="fork" if workers else None, generator=torch.Generator(),
+        )  # fmt: skip
+        for images, numbers, missed in loader:
+            self.miss(missed)
+            if len(numbers):
+                yield images, numbers
+        self.tell()
 
     def miss(self, numbers: Sequence[int]) -> None:
         """Note images that could not be read. Raises AjpqError if there are too many."""
@@ -120,7 +163,7 @@ class PictureBatches:
 
     @property
     def labels(self) -> Tensor:
-        return self.pictures.labels[self.images]
+        return self.pictures.targets[self.images]
 
     def part(self, chosen: Tensor) -> PictureBatches:
         """The same over some of the images: their places (n,) in `images`."""
@@ -141,23 +184,15 @@ class PictureBatches:
             seeds = torch.randint(2**62, (len(order),), generator=epoch).tolist()
             keys = list(zip(order, seeds, strict=True))
         batches = [keys[i * self.batch_size : (i + 1) * self.batch_size] for i in range(len(self))]
-        loader = DataLoader(
-            _Views(self.pictures, self.transform), batch_sampler=batches, collate_fn=_together,
-            num_workers=self.workers, multiprocessing_context="fork" if self.workers else None,
-            generator=torch.Generator(),
-        )  # fmt: skip
-        for images, numbers, missed in loader:
-            self.pictures.miss(missed)
-            if len(numbers):
-                floats = functional.to_dtype(images, torch.float32, scale=True)
-                yield functional.normalize(floats, self.mean, self.std, inplace=True), self.pictures.labels[numbers]
-        self.pictures.tell()
+        for images, numbers in self.pictures.batches(batches, self.transform, self.workers):
+            floats = functional.to_dtype(images, torch.float32, scale=True)
+            yield functional.normalize(floats, self.mean, self.std, inplace=True), self.pictures.targets[numbers]
 
 
 class _Views(Dataset):
     """(number, seed of the augmentation or None) -> the number, and the transformed image or None."""
 
-    def __init__(self, pictures: Pictures, transform: v2.Transform) -> None:
+    def __init__(self, pictures: Pictures, transform: Callable[[Tensor], Tensor]) -> None:
         self.pictures, self.transform = pictures, transform
 
     def __getitem__(self, key: tuple[int, int | None]) -> tuple[int, Tensor | None]:
@@ -173,8 +208,11 @@ class _Views(Dataset):
 
 
 def _together(items: list[tuple[int, Tensor | None]]) -> tuple[Tensor, Tensor, list[int]]:
-    """uint8 (n, 3, size, size), their numbers (n,), and the numbers of those that could not be read."""
+    """uint8 (n, 3, H, W), their numbers (n,), and the numbers of those that could not be read."""
     found = [(number, image) for number, image in items if image is not None]
-    images = torch.stack([image for _, image in found]) if found else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+    # Contiguous, as the cache keeps them: the layout of a batch must not depend on what has been read before.
+    images = (
+        torch.stack([image for _, image in found]).contiguous() if found else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+    )
     missed = [number for number, image in items if image is None]
     return images, torch.tensor([number for number, _ in found], dtype=torch.int64), missed

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_data import all_of
 
 from ajpq.box_data import BoxBatches, coco, dac_sdc
 from ajpq.data import divide
 from ajpq.detection import Detection
 from ajpq.errors import AjpqError
+from ajpq.pictures import Pictures
 from ajpq.tasks import Classification
 
 H, W = 4, 8
@@ -119,7 +121,14 @@ def test_classification_reports_top5_of_many_classes():
 # -- data -------------------------------------------------------------------------------------------------------------
 
 
-def scenes(n: int, h: int = 40, w: int = 80) -> tuple[torch.Tensor, torch.Tensor]:
+def written(folder, images: torch.Tensor, boxes: torch.Tensor) -> Pictures:
+    paths = [folder / f"{i}.png" for i in range(len(images))]
+    for path, image in zip(paths, images, strict=True):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    return Pictures(paths, boxes, cache_bytes=2**20)
+
+
+def scenes(folder, n: int = 30, h: int = 40, w: int = 80) -> Pictures:
     """Black images with one white rectangle each."""
     images, boxes = torch.zeros(n, 3, h, w, dtype=torch.uint8), torch.full((n, 2, 4), -1.0)
     rng = np.random.default_rng(0)
@@ -127,12 +136,12 @@ def scenes(n: int, h: int = 40, w: int = 80) -> tuple[torch.Tensor, torch.Tensor
         x, y = int(rng.integers(20, 50)), int(rng.integers(10, 22))
         images[i, :, y : y + 8, x : x + 12] = 255
         boxes[i, 0] = torch.tensor([x / w, y / h, (x + 12) / w, (y + 8) / h])
-    return images, boxes
+    return written(folder, images, boxes)
 
 
-def test_boxes_stay_on_their_objects():
-    images, boxes = scenes(30)
-    loader = BoxBatches(images, boxes, 10, mean=0.0, std=1.0, shuffle=0, light=0.0)
+def test_boxes_stay_on_their_objects(tmp_path):
+    pictures, every = scenes(tmp_path), torch.arange(30)
+    loader = BoxBatches(pictures, every, 10, mean=0.0, std=1.0, shuffle=0, light=0.0)
     places = set()
     for x, y in loader:
         for picture, (box, unused) in zip(x, y, strict=True):
@@ -142,32 +151,34 @@ def test_boxes_stay_on_their_objects():
             assert unused.tolist() == [-1.0] * 4
             places.add(tuple(box.tolist()))
     assert len(places) > 25
-    first, again = (
-        next(iter(BoxBatches(images, boxes, 10, shuffle=0))),
-        next(iter(BoxBatches(images, boxes, 10, shuffle=0))),
-    )
+    first, again = (next(iter(BoxBatches(pictures, every, 10, shuffle=0))) for _ in range(2))
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
 
-def test_boxes_that_leave_the_image_are_dropped():
+def test_boxes_that_leave_the_image_are_dropped(tmp_path):
     edge = torch.tensor([[[0.0, 0.4, 0.1, 0.6]]]).repeat(200, 1, 1)
-    loader = BoxBatches(torch.zeros(200, 3, 20, 40, dtype=torch.uint8), edge, 200, shuffle=0, move=0.2)
+    pictures = written(tmp_path, torch.zeros(200, 3, 20, 40, dtype=torch.uint8), edge)
+    loader = BoxBatches(pictures, torch.arange(200), 200, shuffle=0, move=0.2)
     _, boxes = next(iter(loader))
     width = boxes[:, 0, 2] - boxes[:, 0, 0]
     assert (boxes[:, 0, 0] == -1).any() and (width[boxes[:, 0, 0] >= 0] >= 0.05 - 1e-6).all()
 
 
-@pytest.fixture
-def frames(tmp_path):
-    """A folder like that of the DAC-SDC contest, 40 frames."""
-    (tmp_path / "images").mkdir()
-    with (tmp_path / "boxes.csv").open("w", newline="") as file:
+def dac_frames(folder, n: int, size: tuple[int, int] = (64, 36), suffix: str = "png"):
+    """A folder like that of the DAC-SDC contest."""
+    (folder / "images").mkdir()
+    with (folder / "boxes.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["file", "xmin", "ymin", "xmax", "ymax"])
-        for i in range(40):
-            Image.new("RGB", (64, 36), (6 * i, 0, 0)).save(tmp_path / "images" / f"{i:03}.png")
-            table.writerow([f"{i:03}.png", 16, 9, 32, 27])
-    return tmp_path
+        for i in range(n):
+            Image.new("RGB", size, (6 * i % 256, 0, 0)).save(folder / "images" / f"{i:03}.{suffix}")
+            table.writerow([f"{i:03}.{suffix}", 16, 9, 32, 27])
+    return folder
+
+
+@pytest.fixture
+def frames(tmp_path):
+    return dac_frames(tmp_path, 40)
 
 
 def test_frames_are_split_by_blocks(frames):
@@ -176,7 +187,8 @@ def test_frames_are_split_by_blocks(frames):
     for name in ("train", "search", "test"):
         loader = getattr(data, name)
         assert (loader.boxes[:, 0] == torch.tensor([0.25, 0.25, 0.5, 0.75])).all()
-        numbers[name] = {int(image[0, 0, 0]) // 6 for image in loader.images}
+        read = loader.pictures.read
+        numbers[name] = {int(read(number)[0, 0, 0]) // 6 for number in loader.images.tolist()}
         assert {n // 4 * 4 + i for n in numbers[name] for i in range(4)} == numbers[name]
     assert sorted(n for part in numbers.values() for n in part) == list(range(40))
     assert [len(part) for part in numbers.values()] == [24, 8, 8]
@@ -195,7 +207,7 @@ def test_coco_json_is_read(tmp_path):
         (tmp_path / part / "_annotations.coco.json").write_text(json.dumps(found))
     data = coco(tmp_path, size=(18, 32), batch_size=4)
     assert [len(getattr(data, part).images) for part in ("train", "search", "test")] == [8, 2, 3]
-    valid = data.test.boxes
+    valid = all_of(data.test)[1]
     assert valid.shape == (3, 2, 4) and (valid[..., 0] >= 0).sum(1).tolist() == [0, 1, 2]
     assert valid[2, 1].tolist() == pytest.approx([0.25, 0.25, 0.5, 0.75])
 
@@ -212,3 +224,72 @@ def test_what_is_wrong_with_a_folder_is_said(frames, tmp_path):
     (frames / "images" / "003.png").write_bytes(b"no image")
     with pytest.raises(AjpqError, match="003.png"):
         dac_sdc(frames)
+
+
+FAST = {"size": (18, 32), "batch_size": 8, "eval_batch_size": 8, "block": 10}
+
+
+def damage(folder, number: int, how: str):
+    path = folder / "images" / f"{number:03}.jpg"
+    content = path.read_bytes()
+    path.unlink()
+    if how != "missing":
+        path.write_bytes(content[:-30] if how == "cut off" else b"no image")
+    return path
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("how", ["missing", "no image", "cut off"])
+def test_an_unreadable_frame_is_named_and_left_out(tmp_path, workers, how):
+    whole = dac_sdc(dac_frames(tmp_path, 200, suffix="jpg"), **FAST)
+    images, boxes = all_of(whole.test)
+    number = whole.test.images[3].item()
+    with pytest.warns(UserWarning, match=f"1 of 200 cannot be read: {damage(tmp_path, number, how)}"):
+        data = dac_sdc(tmp_path, workers=workers, **FAST)
+        found = all_of(data.test)
+    kept = whole.test.images != number
+    assert torch.equal(found[0], images[kept]) and torch.equal(found[1], boxes[kept])
+    assert torch.equal(data.test.blocks, whole.test.blocks[kept]) and kept.sum() == len(kept) - 1
+    assert torch.equal(data.train.images, whole.train.images)  # the splits do not depend on it
+    all_of(data.test)  # told once
+
+
+@pytest.mark.parametrize("how", ["missing", "cut off"])
+def test_many_unreadable_frames_are_an_error(tmp_path, how):
+    dac_frames(tmp_path, 200, suffix="jpg")
+    for number in (5, 6, 7):
+        damage(tmp_path, number, how)
+    with pytest.raises(AjpqError, match="at most 1% .* but 3 of 200 .*005.jpg.*006.jpg.*007.jpg"):
+        data = dac_sdc(tmp_path, **FAST)
+        for part in (data.train, data.search, data.test):
+            all_of(part)
+
+
+def test_frames_do_not_depend_on_the_cache_and_the_workers(frames):
+    settings = {"size": (18, 32), "batch_size": 8, "block": 4}
+    one, many, none = (
+        dac_sdc(frames, **more, **settings) for more in ({}, {"workers": 2, "cache_bytes": 5000}, {"cache_bytes": 0})
+    )
+    for _ in range(2):
+        first, second, third = (all_of(data.train) for data in (one, many, none))
+        assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, second, third, strict=True))
+    for file in (frames / "images").iterdir():
+        file.unlink()
+    assert torch.equal(all_of(one.calibration)[0], all_of(one.calibration)[0])  # all of training is in memory
+    with pytest.raises(AjpqError, match="cannot be read"):
+        all_of(none.calibration)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"workers": -1}, "workers >= 0"),
+        ({"size": (0, 32)}, "height >= 1"),
+        ({"batch_size": 0}, "batch_size >= 1"),
+        ({"cache_bytes": -1}, "cache_bytes >= 0"),
+        ({"cache_bytes": 2**62}, "data.cache_bytes allows, but 4611686018427387904 bytes"),
+    ],
+)
+def test_settings_of_frames_are_checked(frames, settings, told):
+    with pytest.raises(AjpqError, match=told):
+        dac_sdc(frames, **{"block": 4, **settings})

@@ -13,6 +13,7 @@ from torch import nn
 
 from ajpq import parallel
 from ajpq.errors import AjpqError
+from ajpq.launched import check_alone, launched
 from ajpq.training import fit
 
 JOB = Path(parallel_job.__file__)
@@ -106,12 +107,12 @@ def test_launchers_do_the_same(name, found, tmp_path):
 
 def test_processes_that_were_launched_and_have_not_joined_are_refused(monkeypatch):
     batch = [(torch.randn(4, 3), torch.zeros(4, dtype=torch.long))]
-    parallel.check_alone("ajpq")
-    assert parallel.is_main() and parallel.launched() == 1
+    check_alone("ajpq")
+    assert parallel.is_main() and launched() == 1
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(AjpqError, match="parallel.join"):
         fit(nn.Linear(3, 4), batch, epochs=1, lr=0.1)
     with pytest.raises(AjpqError, match="`ajpq` runs in one process, but 2 were launched"):
-        parallel.check_alone("ajpq")
+        check_alone("ajpq")
     assert not parallel.is_main()
