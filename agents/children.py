@@ -11,6 +11,7 @@ import torch
 from agents.genes import Account, Gene, Genome
 from agents.linear_program import Sensitivity, settle
 from ajpq.architecture import STEEPEST, Architecture
+from ajpq.branches import Skipped
 from ajpq.network import Network
 from ajpq.policy import CompressionPolicy
 from ajpq.problem import Problem
@@ -23,9 +24,9 @@ class TiedGenome:
     """A `Genome` in which some genes always have the same value: one gene for every group. Everything that
     `agents.genes.Account` asks of a genome."""
 
-    def __init__(self, genome: Genome, groups: Sequence[Sequence[int]]) -> None:
-        """groups: the genes of every group, of one kind and with the same options."""
-        self.genome, self.network, self.groups = genome, genome.network, groups
+    def __init__(self, genome: Genome, groups: Sequence[Sequence[int]], skipped: Skipped) -> None:
+        """groups: the genes of every group, of one kind and with the same options. skipped: what no policy has."""
+        self.genome, self.network, self.groups, self.skipped = genome, genome.network, groups, skipped
         self.genes: tuple[Gene, ...] = tuple(genome.genes[group[0]] for group in groups)
         self.levels = genome.levels[[group[0] for group in groups]]
         self.touches = tuple(tuple(sorted({at for i in group for at in genome.touches[i]})) for group in groups)
@@ -36,17 +37,35 @@ class TiedGenome:
     def __len__(self) -> int:
         return len(self.groups)
 
+    def without(self, skipped: Skipped) -> TiedGenome:
+        """The same genes, of the policies without these branches; genes of their layers alone change nothing."""
+        return TiedGenome(self.genome, self.groups, skipped)
+
     def alive(self, values: np.ndarray) -> np.ndarray:
-        return self.genome.alive(values[self.owner])
+        return (self.genome.alive(values[self.owner]) | self.skipped.unwritten) & ~self.skipped.dead
 
     def act_bits(self, at: int, values: np.ndarray) -> int:
+        if self._is_skipped(at):
+            return self.genome.space.acts(self.network.layers[at])[0]
         return self.genome.act_bits(at, values[self.owner])
 
     def weight_bits(self, at: int, values: np.ndarray, alive: np.ndarray) -> np.ndarray:
+        if self._is_skipped(at):
+            return np.zeros(self.network.layers[at].c_out, np.uint8)
         return self.genome.weight_bits(at, values[self.owner], alive)
 
+    def blocks(self, at: int, alive: np.ndarray) -> list[np.ndarray]:
+        return [] if self._is_skipped(at) else self.genome.blocks(at, alive)
+
+    def _is_skipped(self, at: int) -> bool:
+        return self.network.layers[at].name in self.skipped.layers
+
     def policy(self, values: np.ndarray) -> CompressionPolicy:
-        return self.genome.policy(values[self.owner])
+        alive, layers = self.alive(values), self.network.layers
+        return CompressionPolicy(
+            {layer.name: self.weight_bits(at, values, alive) for at, layer in enumerate(layers)},
+            {layer.name: self.act_bits(at, values) for at, layer in enumerate(layers)},
+        )
 
 
 class Children:
@@ -57,7 +76,8 @@ class Children:
     t * cost (`Architecture.slopes`), t being the least, of either sign, from which a cost is within budget; costs that
     depend on the fewest tables of decisions come first, and each has the tilt of those that are left. What then still
     breaks a budget is lowered, least log-probability per cost first (`agents.linear_program.settle`), and what is left
-    over is spent in random order. So none is outside of a budget, and none is edited after it was drawn."""
+    over is spent in random order. Which branches are skipped is settled with the tilts. So none is outside of a budget,
+    and none is edited after it was drawn."""
 
     def __init__(self, problem: Problem, architecture: Architecture) -> None:
         self.architecture, self.budget = architecture, problem.budget
@@ -65,7 +85,7 @@ class Children:
         if architecture.granularity != "kernel":
             space = SearchSpace(space.network, replace(space.choices, blocks=1), space.scores)
         full = Genome(space)
-        self.genome = TiedGenome(full, _groups(full, architecture))
+        self.genome = TiedGenome(full, _groups(full, architecture), space.network.without(()))
         self._shares = _shares(architecture)
         self._slopes = [slopes.double().numpy() for slopes in architecture.slopes]
         taken: set[int] = set()
@@ -82,23 +102,37 @@ class Children:
             low, high = -STEEPEST, STEEPEST  # at high the cost is within budget, or cannot be made so
             for _ in range(BISECTIONS if tables else 0):
                 middle = (low + high) / 2
-                values = self._best(self.sensitivity(self._tilted(logs, tables, middle)))
-                low, high = (low, middle) if self._costs(values)[i] <= self.budget.caps[i] else (middle, high)
+                tilted = self._tilted(logs, tables, middle)
+                genome = self.genome.without(self._skipped(tilted))
+                costs = self._costs(genome, self._best(genome, self.sensitivity(tilted)))
+                low, high = (low, middle) if costs[i] <= self.budget.caps[i] else (middle, high)
             logs = self._tilted(logs, tables, high)
-        sensitivity = self.sensitivity(logs)
-        account = Account(self.genome, self.budget, self._best(sensitivity), sensitivity.of_layer)
-        settle(account, np.ones(len(self.genome)), np.ones(len(self.genome)))
+        account = self._settled(self.genome.without(self._skipped(logs)), logs)
+        if not account.fits:  # channels that have lost all their writers cannot be pruned
+            account = self._settled(self.genome, logs)
         order = rng.permutation(len(self.genome))
         while any([account.raised(i) for i in order]):
             pass
-        return self.genome.policy(account.values)
+        return account.genome.policy(account.values)
+
+    def _settled(self, genome: TiedGenome, logs: Sequence[np.ndarray]) -> Account:
+        sensitivity = self.sensitivity(logs)
+        account = Account(genome, self.budget, self._best(genome, sensitivity), sensitivity.of_layer)
+        settle(account, np.ones(len(genome)), np.ones(len(genome)))
+        return account
+
+    def _skipped(self, logs: Sequence[np.ndarray]) -> Skipped:
+        """What goes with the branches that are rather skipped than taken."""
+        rather = logs[3][:, 0] > logs[3][:, 1]
+        branches = [branch for branch, gone in zip(self.architecture.branches, rather, strict=True) if gone]
+        return self.architecture.network.without([name for branch in branches for name in branch.layers])
 
     def _tilted(self, logs: Sequence[np.ndarray], tables: Sequence[int], by: float) -> list[np.ndarray]:
         return [x - by * self._slopes[j] if j in tables else x for j, x in enumerate(logs)]
 
-    def _costs(self, values: np.ndarray) -> np.ndarray:
+    def _costs(self, genome: TiedGenome, values: np.ndarray) -> np.ndarray:
         """float64 (n limits,)."""
-        genome, alive = self.genome, self.genome.alive(values)
+        alive = genome.alive(values)
         return sum(
             self.budget.layer_costs(layer, genome.weight_bits(at, values, alive), genome.act_bits(at, values), alive)
             for at, layer in enumerate(genome.network.layers)
@@ -106,9 +140,10 @@ class Children:
 
     def sensitivity(self, logs: Sequence[np.ndarray]) -> Sensitivity:
         """By how much each option's log-probability is below that of the best, shared out among the kernels that the
-        decision is about. logs: of widths (n_widths, K), acts (n_acts, J), keeping (n_keep, 2)."""
+        decision is about. logs: of widths (n_widths, K), acts (n_acts, J), keeping (n_keep, 2), and of skipping, which
+        is not looked at."""
         architecture = self.architecture
-        widths, inputs, keeping = (table.max(1, keepdims=True) - table for table in logs)
+        widths, inputs, keeping = (table.max(1, keepdims=True) - table for table in logs[:3])
         of_widths, of_channels = self._shares
         channels = np.zeros((2, architecture.network.n_channels))
         ruled = architecture.keep_rows >= 0
@@ -129,9 +164,9 @@ class Children:
             )
         return Sensitivity(weights, acts)
 
-    def _best(self, sensitivity: Sensitivity) -> np.ndarray:
+    def _best(self, tied: TiedGenome, sensitivity: Sensitivity) -> np.ndarray:
         """The value of every gene with the least loss, those of sparsity first."""
-        tied, full = self.genome, self.genome.genome
+        full = tied.genome
         order = sorted(range(len(tied)), key=lambda i: tied.genes[i].kind != "sparsity")
         values, alive = np.zeros(len(tied), np.int64), None
         for i in order:
@@ -140,15 +175,15 @@ class Children:
                 values[i] = int(np.argmin(self._of_sparsities(gene, sensitivity)))
                 continue
             alive = tied.alive(values) if alive is None else alive
-            losses = sum(self._of_options(full.genes[j], sensitivity, alive) for j in tied.groups[i])
+            losses = sum(self._of_options(tied, full.genes[j], sensitivity, alive) for j in tied.groups[i])
             values[i] = int(np.argmin(losses))
         return values
 
-    def _of_options(self, gene: Gene, sensitivity: Sensitivity, alive: np.ndarray) -> np.ndarray:
+    def _of_options(self, tied: TiedGenome, gene: Gene, sensitivity: Sensitivity, alive: np.ndarray) -> np.ndarray:
         name = self.genome.network.layers[gene.layer].name
         if gene.kind == "act":
             return np.array([sensitivity.acts[name][b] for b in gene.options])
-        blocks = self.genome.genome.blocks(gene.layer, alive)
+        blocks = tied.blocks(gene.layer, alive)
         kernels = blocks[gene.block] if gene.block < len(blocks) else []
         return np.array([sensitivity.weights[name][b][kernels].sum() for b in gene.options])
 

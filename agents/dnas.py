@@ -40,9 +40,11 @@ class DNAS:
     What else is ours, as the paper is silent or took a hundred epochs from random weights: the search begins with the
     problem's weights; logits begin tilted so that the expected costs are within budget (`Architecture.meet`; only for
     "lagrangian"); the pair (width of weights, width of input) of a layer or block is two independent choices, where the
-    problem's choices hold several of both (`Architecture` says why); a layer is never skipped, channels are pruned
-    (`Architecture`); children are scored on the problem's weights, not trained; the i-th of n children of a round has
-    its Gumbel noise multiplied by i / n, so that the first is the most probable policy within budget.
+    problem's choices hold several of both (`Architecture` says why); 0 bits skip a residual branch at granularity
+    "block", or "layer" where it is one layer, a choice besides that of the width (in the super net its output is
+    multiplied by the probability of taking it), and prune channels everywhere else; children are scored on the
+    problem's weights, not trained; the i-th of n children of a round has its Gumbel noise multiplied by i / n, so that
+    the first is the most probable policy within budget.
 
     evaluations: policies to score, spread evenly over the rounds. seed: of everything.
     granularity: a choice of widths for every "layer", every residual "block" (by graph), or every "kernel" or block of

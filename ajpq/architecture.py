@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ajpq.blocks import blocks_of
+from ajpq.branches import Branch
 from ajpq.budget import Budget
 from ajpq.cost import CostModel, Load
 from ajpq.errors import AjpqError
@@ -18,24 +20,25 @@ from ajpq.network import LayerSpec
 from ajpq.space import SearchSpace
 
 GRANULARITIES = ("layer", "block", "kernel")
-LIKELY = 2.0  # logit of keeping a channel at the start: 0.88; ours
-PRUNING = 0.25  # how much of a tilt goes to pruning, where the widest weights get 1; ours
+LIKELY = 2.0  # logit of keeping a channel or a branch at the start: 0.88; ours
+PRUNING = 0.25  # how much of a tilt goes to pruning and skipping, where the widest weights get 1; ours
 STEEPEST = 256.0  # tilt
 
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """How much of every candidate there is, a distribution per row. kept: (n_channels,), in [0, 1]."""
+    """How much of every candidate there is, a distribution per row."""
 
     widths: Tensor  # (n_widths, K)
     acts: Tensor  # (n_acts, J)
-    kept: Tensor
+    kept: Tensor  # (n_channels,), in [0, 1]
+    taken: Tensor = field(default_factory=lambda: torch.ones(0))  # (n_branches,), in [0, 1]: branches not skipped
 
     def detach(self) -> Parts:
-        return Parts(self.widths.detach(), self.acts.detach(), self.kept.detach())
+        return Parts(self.widths.detach(), self.acts.detach(), self.kept.detach(), self.taken.detach())
 
     def to(self, device: torch.device) -> Parts:
-        return Parts(self.widths.to(device), self.acts.to(device), self.kept.to(device))
+        return Parts(self.widths.to(device), self.acts.to(device), self.kept.to(device), self.taken.to(device))
 
 
 class Architecture(nn.Module):
@@ -45,8 +48,9 @@ class Architecture(nn.Module):
         every block of kernels of a layer as `Choices.blocks` says; among the widths above 0
     acts (n, J): of inputs, a row for every layer or, at granularity "block", for every block
     keeping (n, 2): prune or keep, at every granularity a row for every block of channels of a space that may go, again
-        in `Choices.blocks` blocks. A policy prunes channels, for all who write them; it cannot skip a layer. So 0 bits
-        is no width, and what comes nearest to skipping a residual branch is pruning the channels inside it.
+        in `Choices.blocks` blocks. A policy prunes channels for all who write them, so there 0 bits is no width.
+    skipping (n, 2): skip or take, at granularity "layer" and "block" a row for every branch (`Network.branches`) that
+        lies in one layer or block, where 0 is among the widths; all its kernels have 0 bits then. In `branches`.
     Layers with a single candidate have no row.
 
     A layer's pair (width of weights, width of input) is drawn as two independent choices, not as one among all pairs:
@@ -90,9 +94,14 @@ class Architecture(nn.Module):
             for block in np.array_split(going, blocks) if blocks else ():
                 self.keep_rows[block] = n_keep
                 n_keep += 1
+        self.branches: tuple[Branch, ...] = ()
+        if 0 in choices.weight_bits and granularity != "kernel":
+            free_layers = [{name for name in names if self._is_free(name)} for names in units]
+            self.branches = tuple(b for b in space.network.branches if any(set(b.layers) <= x for x in free_layers))
         self.widths = nn.Parameter(torch.zeros(n_widths, len(self.options[0])))
         self.acts = nn.Parameter(torch.zeros(len(used), len(self.options[1])))
         self.keeping = nn.Parameter(torch.tensor([0.0, LIKELY]).repeat(n_keep, 1))
+        self.skipping = nn.Parameter(torch.tensor([0.0, LIKELY]).repeat(len(self.branches), 1))
         rows = {name: torch.from_numpy(row) for name, row in self.width_rows.items()}
         for i, layer in enumerate(layers):
             if layer.name in rows:
@@ -104,7 +113,11 @@ class Architecture(nn.Module):
 
     def __len__(self) -> int:
         """How many decisions there are."""
-        return len(self.widths) + len(self.acts) + len(self.keeping)
+        return sum(map(len, self.parameters()))
+
+    def _is_free(self, name: str) -> bool:
+        """Whether the layer has the widths that were chosen, not those of a first or last layer."""
+        return self.space.widths(self.network[name]) == self.options[0]
 
     def probabilities(self) -> Parts:
         return self._parts(*(torch.softmax(logits, 1) for logits in self.parameters()))
@@ -118,9 +131,9 @@ class Architecture(nn.Module):
 
         return self._parts(*map(drawn, self.parameters()))
 
-    def _parts(self, widths: Tensor, acts: Tensor, keeping: Tensor) -> Parts:
+    def _parts(self, widths: Tensor, acts: Tensor, keeping: Tensor, skipping: Tensor) -> Parts:
         kept = torch.cat([keeping[:, 1], keeping.new_ones(1)])
-        return Parts(widths, acts, kept[self.kept_rows])
+        return Parts(widths, acts, kept[self.kept_rows], skipping[:, 1])
 
     def of_kernels(self, layer: LayerSpec, parts: Parts) -> Tensor:
         """(K, c_out) of a layer."""
@@ -134,9 +147,20 @@ class Architecture(nn.Module):
             return parts.kept.new_ones(1)
         return parts.acts[self.act_rows[layer.name]]
 
+    def _there(self, name: str, parts: Parts) -> Tensor:
+        """The probability that a layer or batch-norm is not skipped, (); branches may lie in each other."""
+        inside = [i for i, members in enumerate(self._members) if name in members]
+        return parts.taken.double()[inside].prod()
+
+    @cached_property
+    def _members(self) -> list[frozenset[str]]:
+        """Layers and batch-norms of every branch."""
+        gone = [self.network.without(branch.layers) for branch in self.branches]
+        return [skipped.layers | skipped.norms for skipped in gone]
+
     def loads(self, parts: Parts) -> list[Load]:
         """Every layer's expected load: widths, surviving inputs and kernels in expectation, which is exact for costs
-        that are linear in each of them."""
+        that are linear in each of them. Parameters beside layers and norms count as if no branch were skipped."""
         kept, found = parts.kept.double(), []
         for layer in self.network.layers:
             free, decided = layer.name in self.width_rows, layer.name in self.act_rows
@@ -149,9 +173,10 @@ class Architecture(nn.Module):
             inputs = kept.new_ones(()) if layer.kind == "depthwise" else kept[layer.inputs_of_a_kernel].sum()
             first = layer is self.network.layers[0]
             side = kept.new_tensor(float(self.network.other_parameters if first else 0))
-            for channels in self.network.unfolded.get(layer.name, ()):
-                side = side + kept[channels].sum()
-            found.append(Load(layer, inputs, kept[layer.writes], width, act, side, first))
+            for norm in self.network.unfolded.get(layer.name, ()):
+                side = side + kept[norm.channels].sum() * self._there(norm.name, parts)
+            written = kept[layer.writes] * self._there(layer.name, parts)
+            found.append(Load(layer, inputs, written, width, act, side, first))
         return found
 
     def excess(self, parts: Parts, budget: Budget) -> Tensor:
@@ -164,7 +189,7 @@ class Architecture(nn.Module):
     def slopes(self) -> tuple[Tensor, ...]:
         """For every table, how dear each of its options is, in [0, 1]: what a tilt towards the cheap multiplies."""
         widths, acts = (getattr(self, f"bits{i}").float() / self.options[i][-1] for i in range(2))
-        return widths, acts, torch.tensor([0.0, PRUNING])
+        return widths, acts, torch.tensor([0.0, PRUNING]), torch.tensor([0.0, PRUNING])
 
     def concerned(self, budget: Budget) -> list[tuple[int, tuple[int, ...]]]:
         """Every limited cost (its place) and the tables that it depends on; the fewest tables first."""

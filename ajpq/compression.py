@@ -25,16 +25,19 @@ def compress(
     calibration: Calibration | None = None,
     bank: WeightBank | None = None,
 ) -> fx.GraphModule:
-    """The network without its pruned channels, every other kernel quantized to its width; in eval mode, trainable.
+    """The network without its pruned channels and skipped branches, every other kernel quantized to its width; in eval
+    mode, trainable.
 
     Layers whose kernels and input all have 32 bits stay plain Conv2d or Linear. `calibration` gives the activation
     steps and may be None only where all act_bits are 32; `bank` keeps step sizes of kernels for the next call. Raises
     AjpqError if the policy does not fit the network.
     """
     policy.validate(network)
-    alive = policy.alive(network)
-    small, bank = shrink(network, alive), bank or WeightBank(network)
+    alive, skipped = policy.alive(network), policy.skipped(network)
+    small, bank = shrink(network, alive, skipped), bank or WeightBank(network)
     for layer in network.layers:
+        if layer.name in skipped.layers:
+            continue
         kept = alive[layer.writes]
         bits = policy.weight_bits[layer.name][kept]
         act_bits = policy.act_bits[layer.name]

@@ -85,11 +85,11 @@ def match(student: fx.GraphModule, original: Network, policy: CompressionPolicy,
     One pass: later layers see the corrected output of earlier ones. All are means over batches, as in
     `training.recalibrate`, which sets the statistics; batch-norms that run more than once keep gain and shift.
     """
-    alive = policy.alive(original)
+    alive, skipped = policy.alive(original), policy.skipped(original)
     kept = {
         name: torch.from_numpy(alive[channels].nonzero()[0])
         for name, channels in matched(original).items()
-        if isinstance(student.get_submodule(name), _BatchNorm)
+        if name not in skipped.norms and isinstance(student.get_submodule(name), _BatchNorm)
     }
     goals: dict[str, Tensor] = {}
     found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in kept}

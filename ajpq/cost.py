@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ajpq.branches import Skipped
 from ajpq.network import LayerSpec, Network
 from ajpq.policy import CompressionPolicy
 from ajpq.quantize import FLOAT
@@ -18,7 +19,8 @@ from ajpq.quantize import FLOAT
 
 @dataclass(frozen=True, eq=False)
 class Load:
-    """One layer's work under a policy. All tensors float64."""
+    """One layer's work under a policy. All tensors float64. A layer that keeps no kernel is skipped: it is not in the
+    network any more, but what it carries for others, `side` and what `first` is charged with, is."""
 
     layer: LayerSpec
     inputs: Tensor  # (), surviving input channels of one kernel (features for linear; 1 for depthwise)
@@ -55,10 +57,11 @@ class Size:
     """Bits of the packed file, header included: for a surviving kernel of b <= 8 bits and n weights ``b n + 16 (scale)
     + 16 (bias, if the layer has one) + 4 (its width)``, for one of 32 bits ``32 n + 32 (bias) + 4``; 32 per channel of
     a batch-norm that cannot be folded and per other parameter; for the header (graph and geometry) 48 bytes per layer
-    and 512 bytes once."""
+    and 512 bytes once. Of a layer that keeps no kernel nothing is left but 12 bytes of header, for what stays of its
+    block: activation functions, paddings, slices."""
 
     unit = "bit"
-    header_per_layer, header_once = 48 * 8, 512 * 8
+    header_per_layer, header_of_skipped, header_once = 48 * 8, 12 * 8, 512 * 8
 
     def __call__(self, loads: Sequence[Load]) -> Tensor:
         return _stack([self._layer(load) for load in loads])
@@ -66,7 +69,8 @@ class Size:
     def _layer(self, load: Load) -> Tensor:
         words = 1.0 if load.layer.bias else 0.0
         overhead = torch.where(load.weight_bits < FLOAT, 16.0 + 16.0 * words, 32.0 * words) + 4.0
-        header = self.header_per_layer + (self.header_once if load.first else 0)
+        there, own = load.kept.sum().clamp(max=1), self.header_per_layer - self.header_of_skipped
+        header = self.header_of_skipped + own * there + (self.header_once if load.first else 0)
         return (load.kept * (load.weight_bits * load.weights_per_kernel + overhead)).sum() + 32.0 * load.side + header
 
 
@@ -112,12 +116,14 @@ class UniqBOPs:
         return load.layer.positions * (load.kept * per_position).sum()
 
 
-def side_words(network: Network, alive: np.ndarray, layer: LayerSpec) -> int:
-    """32-bit words stored beside a layer: norms that cannot be folded, and with the first layer all other
-    parameters.
+def side_words(network: Network, alive: np.ndarray, layer: LayerSpec, skipped: Skipped | None = None) -> int:
+    """32-bit words stored beside a layer: norms that cannot be folded, and with the first layer all other parameters;
+    without those of skipped branches.
     """
-    norms = sum(int(alive[channels].sum()) for channels in network.unfolded.get(layer.name, ()))
-    return norms + (network.other_parameters if layer is network.layers[0] else 0)
+    skipped = skipped or network.without(())
+    norms = [norm for norm in network.unfolded.get(layer.name, ()) if norm.name not in skipped.norms]
+    others = network.other_parameters - skipped.parameters if layer is network.layers[0] else 0
+    return sum(int(alive[norm.channels].sum()) for norm in norms) + others
 
 
 def inputs_per_kernel(layer: LayerSpec, alive: np.ndarray) -> int:
@@ -125,7 +131,10 @@ def inputs_per_kernel(layer: LayerSpec, alive: np.ndarray) -> int:
     return 1 if layer.kind == "depthwise" else int(alive[layer.inputs_of_a_kernel].sum())
 
 
-def load_of(network: Network, layer: LayerSpec, weight_bits: np.ndarray, act_bits: int, alive: np.ndarray) -> Load:
+def load_of(
+    network: Network, layer: LayerSpec, weight_bits: np.ndarray, act_bits: int, alive: np.ndarray,
+    skipped: Skipped | None = None,
+) -> Load:  # fmt: skip
     """The load of one layer; weight_bits (c_out,), alive (n_channels,)."""
     bits = torch.as_tensor(weight_bits, dtype=torch.float64)
     return Load(
@@ -134,16 +143,16 @@ def load_of(network: Network, layer: LayerSpec, weight_bits: np.ndarray, act_bit
         (bits > 0).double(),
         bits,
         torch.tensor(float(act_bits), dtype=torch.float64),
-        torch.tensor(float(side_words(network, alive, layer)), dtype=torch.float64),
+        torch.tensor(float(side_words(network, alive, layer, skipped)), dtype=torch.float64),
         layer is network.layers[0],
     )
 
 
 def loads_of(network: Network, policy: CompressionPolicy) -> tuple[Load, ...]:
     """Every layer's load under a policy, in execution order."""
-    alive = policy.alive(network)
+    alive, skipped = policy.alive(network), policy.skipped(network)
     return tuple(
-        load_of(network, layer, policy.weight_bits[layer.name], policy.act_bits[layer.name], alive)
+        load_of(network, layer, policy.weight_bits[layer.name], policy.act_bits[layer.name], alive, skipped)
         for layer in network.layers
     )
 

@@ -17,11 +17,15 @@ def survivors(network: Network, policy: CompressionPolicy) -> dict[str, Tensor]:
     """Layers whose inputs are worth comparing -> the channels of their inputs that survive, int64 (n,).
 
     Our choice: the input of the last layer, and every block's output, as the layer after the block reads it. Blocks are
-    those of `blocks.blocks_of` that have several layers, so a plain chain has its last layer alone.
+    those of `blocks.blocks_of` that have several layers, so a plain chain has its last layer alone. Layers that are
+    skipped read nothing.
     """
-    blocks, alive = blocks_of(network), policy.alive(network)
+    alive, skipped = policy.alive(network), policy.skipped(network)
+    there = [[name for name in block if name not in skipped.layers] for block in blocks_of(network)]
+    blocks = [block for block in there if block]
     after = [block[0] for before, block in zip(blocks, blocks[1:], strict=False) if len(before) > 1]
-    names = dict.fromkeys([*after, network.layers[-1].name])
+    last = [layer.name for layer in network.layers if layer.name not in skipped.layers][-1]
+    names = dict.fromkeys([*after, last])
     return {name: torch.from_numpy(np.flatnonzero(alive[network[name].reads])) for name in names}
 
 

@@ -20,6 +20,7 @@ The table has the time of every layer, alone, at some numbers of input channels 
 - Between the points the prediction is bilinear, below the smallest it is constant.
 - Runtimes compute in blocks of channels, so a number that is no multiple of 8 may take longer than predicted: search
   with `choices.round_to=8`, or 16 on AVX-512. What lies between an int8 and a float32 layer is not predicted.
+- A layer that keeps no kernel is skipped and takes no time, but for the first, which carries the empty run.
 - A layer is int8 if all its kernels and its input have 8 bits or fewer; expected widths between 8 and 32 lie between.
 """
 
@@ -234,7 +235,8 @@ class LatencyTableCost:
         rows = cell[:, 0] + u * (cell[:, -1] - cell[:, 0])
         real, int8 = rows[:, 0] + v * (rows[:, -1] - rows[:, 0])
         kernels = (load.kept * _above(load.weight_bits)).amax()
-        return int8 + torch.maximum(kernels, _above(load.act_bits)) * (real - int8)
+        taken = int8 + torch.maximum(kernels, _above(load.act_bits)) * (real - int8)
+        return taken if load.first else load.kept.sum().clamp(max=1) * taken
 
     def _check(self, load: Load) -> None:
         layer, known = load.layer, self._layers.get(load.layer.name)

@@ -197,6 +197,15 @@ class MixedLayer(nn.Module):
         return self.inputs.run(x, self.q, lambda mixed: self.geometry.apply(mixed, weight, bias))
 
 
+class Gate(nn.Module):
+    """What a branch puts out, multiplied by the part of it that is `taken` (), to be set before every call."""
+
+    taken: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.taken
+
+
 class MixedNorm(nn.Module):
     """A batch-norm whose channels are pruned in part: gain and shift are multiplied by `kept` (C,), to be set before
     every call. With the statistics of the batch, a factor before it would have no effect at all."""

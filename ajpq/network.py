@@ -8,7 +8,7 @@ bit-widths belong to the kernels of layers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -17,8 +17,11 @@ import numpy as np
 import torch
 from torch import fx
 
+from ajpq.branches import Branch, Skipped, branches_of, skip
 from ajpq.errors import AjpqError
 from ajpq.graph_pickle import pack, unpack
+
+KNOWN_SKIPS = 1000  # that are kept: a search asks for the same ones again and again
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,13 +124,31 @@ class Network:
         vars(self).update(state, module=unpack(state["module"]))
 
     @cached_property
-    def unfolded(self) -> dict[str, list[np.ndarray]]:
-        """Layer name -> the channels of every batch-norm that its cost carries because it cannot be folded."""
-        found: dict[str, list[np.ndarray]] = {}
+    def unfolded(self) -> dict[str, list[NormSpec]]:
+        """Layer name -> the batch-norms that its cost carries because they cannot be folded."""
+        found: dict[str, list[NormSpec]] = {}
         for norm in self.norms:
             if norm.folds_into is None:
-                found.setdefault(norm.charged_to, []).append(norm.channels)
+                found.setdefault(norm.charged_to, []).append(norm)
         return found
+
+    @cached_property
+    def branches(self) -> tuple[Branch, ...]:
+        """The residual branches that may be skipped."""
+        return branches_of(self)
+
+    @cached_property
+    def _skips(self) -> dict[frozenset[str], Skipped]:
+        return {}
+
+    def without(self, layers: Collection[str]) -> Skipped:
+        """What goes when these layers keep no kernel: the branches that have no other layer."""
+        key = frozenset(layers)
+        if key not in self._skips:
+            if len(self._skips) >= KNOWN_SKIPS:
+                self._skips.clear()
+            self._skips[key] = skip(self, key)
+        return self._skips[key]
 
     @cached_property
     def index(self) -> dict[str, int]:

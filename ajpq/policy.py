@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ajpq.branches import Skipped
 from ajpq.errors import AjpqError
 from ajpq.network import Network
 from ajpq.quantize import FLOAT, WIDTHS
@@ -17,6 +18,9 @@ from ajpq.quantize import FLOAT, WIDTHS
 @dataclass(frozen=True, eq=False)
 class CompressionPolicy:
     """Plain data: nothing in it refers to a module or a position.
+
+    Pruning is quantization to 0 bits, of a kernel and of more: where all kernels of all layers of a residual branch
+    have 0 bits (`Network.branches`), the branch is skipped, and the sum that it belongs to becomes its shortcut.
 
     weight_bits: layer name -> uint8 (c_out,), each 0 (pruned), 1..8 or 32 (untouched)
     act_bits: layer name -> bit-width of the layer's input, 1..8 or 32
@@ -33,11 +37,18 @@ class CompressionPolicy:
             {layer.name: act_bits for layer in network.layers},
         )
 
+    def skipped(self, network: Network) -> Skipped:
+        """The branches all of whose layers have 0 bits everywhere, and what goes with them."""
+        return network.without([name for name, bits in self.weight_bits.items() if not bits.any()])
+
     def alive(self, network: Network) -> np.ndarray:
-        """bool (n_channels,): channels that no writer has pruned."""
-        alive = np.ones(network.n_channels, bool)
+        """bool (n_channels,): channels that no writer has pruned, branches that are skipped being none; of these, the
+        channels inside are dead."""
+        skipped = self.skipped(network)
+        alive = ~skipped.dead
         for layer in network.layers:
-            alive[layer.writes[self.weight_bits[layer.name] == 0]] = False
+            if layer.name not in skipped.layers:
+                alive[layer.writes[self.weight_bits[layer.name] == 0]] = False
         return alive
 
     def validate(self, network: Network) -> None:
@@ -69,8 +80,9 @@ class CompressionPolicy:
                     f"act_bits must be one of {WIDTHS[1:]}, but {layer.name!r} has {self.act_bits[layer.name]}; "
                     "choose another"
                 )
-        alive = self.alive(network)
-        for layer in network.layers:
+        alive, skipped = self.alive(network), self.skipped(network)
+        layers = [layer for layer in network.layers if layer.name not in skipped.layers]
+        for layer in layers:
             pruned = self.weight_bits[layer.name] == 0
             if (pruned & ~network.prunable[layer.writes]).any():
                 k = int(np.flatnonzero(pruned & ~network.prunable[layer.writes])[0])
@@ -88,7 +100,7 @@ class CompressionPolicy:
                     f"{int(self.weight_bits[layer.name][k])} "
                     f"bits while another of {', '.join(space.writers)} has 0; give 0 bits to all of them or to none"
                 )
-        for layer in network.layers:
+        for layer in layers:
             if not alive[layer.writes].any() or not alive[layer.reads].any():
                 what = "kernel" if not alive[layer.writes].any() else "input channel"
                 raise AjpqError(
@@ -96,7 +108,7 @@ class CompressionPolicy:
                     "prune fewer channels"
                 )
         for name, ids in network.values.items():
-            if not alive[ids].any():
+            if name not in skipped.nodes and not alive[ids].any():
                 raise AjpqError(
                     f"every tensor must keep at least one channel, but the output of {name!r} keeps none of its "
                     f"{len(ids)}; prune fewer kernels of {', '.join(network.writers_of(ids))}"

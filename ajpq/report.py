@@ -82,7 +82,7 @@ def layers_of(network: Network, policy: CompressionPolicy) -> list[dict[str, Any
                 "name": layer.name,
                 "kernels": layer.c_out,
                 "kept": len(kept),
-                "mean_bits": float(kept.mean()),
+                "mean_bits": float(kept.mean()) if len(kept) else 0.0,
                 "widths": {str(b): int((bits == b).sum()) for b in sorted(set(bits.tolist()))},
                 "act_bits": policy.act_bits[layer.name],
             }

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from ajpq.architecture import Architecture, Parts
 from ajpq.calibration import Calibration, range_of
 from ajpq.errors import AjpqError
-from ajpq.mixing import MixedInput, MixedLayer, MixedNorm, dorefa, rounded
+from ajpq.mixing import Gate, MixedInput, MixedLayer, MixedNorm, dorefa, rounded
+from ajpq.outputs import put
 from ajpq.quantize import FLOAT
 
 
 class SuperNet(nn.Module):
-    """A copy of a network in which every layer computes the mixture of its candidates. In training mode, batch-norms
+    """A copy of a network in which every layer computes the mixture of its candidates, and every branch that may be
+    skipped is multiplied by the part of it that is not. In training mode, batch-norms
     with the statistics of the batch; parts of 0 and 1 give what `compression.compress` gives in that mode.
 
     weights: "rounded", by `ajpq.quantize` with step sizes fitted by `refresh`, or "dorefa"; inputs: "rounded", by
@@ -43,6 +45,12 @@ class SuperNet(nn.Module):
             self.module.set_submodule(layer.name, MixedLayer(module, space.widths(layer), mixed, versions[weights]))
         for norm in self.network.norms:
             self.module.set_submodule(norm.name, MixedNorm(self.module.get_submodule(norm.name)))
+        nodes = {node.name: node for node in self.module.graph.nodes}
+        self.gates = nn.ModuleList(Gate() for _ in architecture.branches)
+        for i, branch in enumerate(architecture.branches):
+            self.module.add_submodule(f"gate_{i}", self.gates[i])
+            put(self.module, f"gate_{i}", nodes[branch.end], nodes[branch.sum])
+        self.module.recompile()
         self._folded = {norm.folds_into for norm in self.network.norms}
         self.train()
 
@@ -60,4 +68,6 @@ class SuperNet(nn.Module):
             mixed.kept = parts.kept[layer.writes] if pruning and layer.name not in self._folded else None
         for norm in self.network.norms:
             self.module.get_submodule(norm.name).kept = parts.kept[norm.channels] if pruning else None
+        for gate, taken in zip(self.gates, parts.taken, strict=True):
+            gate.taken = taken
         return self.module(x)

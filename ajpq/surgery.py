@@ -12,17 +12,21 @@ import torch
 from torch import Tensor, fx, nn
 
 from ajpq import moves, ops
+from ajpq.branches import Skipped, may_be_shared
 from ajpq.network import LayerSpec, Network
 
 
-def shrink(network: Network, alive: np.ndarray) -> fx.GraphModule:
+def shrink(network: Network, alive: np.ndarray, skipped: Skipped | None = None) -> fx.GraphModule:
     """A float copy of the network without its dead channels, in eval mode.
 
-    alive: bool (n_channels,). Module names are those of the original; layers are plain Conv2d and Linear.
-        Its outputs equal those of the original with every dead kernel, its bias and its norm entries set to zero.
+    alive: bool (n_channels,). skipped: branches that go as a whole. Module names are those of the original; layers are
+        plain Conv2d and Linear. Its outputs equal those of the original with every dead kernel, its bias and its norm
+        entries set to zero, and every skipped branch multiplied by zero.
     """
     parts: dict[str, Any] = {}
-    for name in dict.fromkeys(str(n.target) for n in network.module.graph.nodes if n.op == "call_module"):
+    skipped = skipped or network.without(())
+    calls = (n for n in network.module.graph.nodes if n.op == "call_module" and n.name not in skipped.nodes)
+    for name in dict.fromkeys(str(n.target) for n in calls):
         module = network.module.get_submodule(name)
         if name in network:
             parts[name] = _smaller_layer(module, network[name], alive)
@@ -30,14 +34,14 @@ def shrink(network: Network, alive: np.ndarray) -> fx.GraphModule:
             parts[name] = _smaller_norm(module, np.flatnonzero(alive[norm.channels]))
         else:
             parts[name] = copy.deepcopy(module)
-    graph = _Emitter(network, alive, parts).graph()
+    graph = _Emitter(network, alive, skipped, parts).graph()
     return fx.GraphModule(parts, graph, class_name="Compressed").eval()
 
 
-def smaller_graph(network: Network, alive: np.ndarray) -> tuple[fx.Graph, dict[str, Tensor]]:
+def smaller_graph(network: Network, alive: np.ndarray, skipped: Skipped) -> tuple[fx.Graph, dict[str, Tensor]]:
     """The graph of `shrink` without its modules, and the tensors that its get_attr nodes name."""
     tensors: dict[str, Any] = {}
-    return _Emitter(network, alive, tensors).graph(), tensors
+    return _Emitter(network, alive, skipped, tensors).graph(), tensors
 
 
 def _take(tensor: Tensor | None, rows: np.ndarray) -> nn.Parameter | None:
@@ -88,10 +92,11 @@ def _smaller_norm(module: nn.Module, kept: np.ndarray) -> nn.Module:
 
 
 class _Emitter:
-    """Copies the graph node by node; nodes that name channels by number are re-emitted as their `Move` says."""
+    """Copies the graph node by node; nodes that name channels by number are re-emitted as their `Move` says, the sum of
+    a skipped branch becomes its shortcut."""
 
-    def __init__(self, network: Network, alive: np.ndarray, parts: dict[str, Any]) -> None:
-        self.network, self.alive, self.parts = network, alive, parts
+    def __init__(self, network: Network, alive: np.ndarray, skipped: Skipped, parts: dict[str, Any]) -> None:
+        self.network, self.alive, self.skipped, self.parts = network, alive, skipped, parts
         self.new = fx.Graph()
         self.env: dict[str, fx.Node] = {}
 
@@ -99,6 +104,11 @@ class _Emitter:
         optional = set()
         folds = {norm.name: norm.folds_into for norm in self.network.norms if norm.folds_into is not None}
         for node in self.network.module.graph.nodes:
+            if node.name in self.skipped.nodes:
+                continue
+            if node.name in self.skipped.becomes:
+                self.env[node.name] = self._shortcut(self.skipped.becomes[node.name])
+                continue
             if node.op == "get_attr" and node.target not in self.parts:
                 self.parts[node.target] = attrgetter(node.target)(self.network.module)
             move = self.network.moves.get(node.name)
@@ -119,6 +129,10 @@ class _Emitter:
                 self.new.erase_node(node)
         self.new.lint()
         return self.new
+
+    def _shortcut(self, name: str) -> fx.Node:
+        copied = may_be_shared(self.network, name, self.skipped)
+        return self.new.call_method("clone", (self.env[name],)) if copied else self.env[name]
 
     def _kept(self, ids: np.ndarray) -> np.ndarray:
         return np.flatnonzero(self.alive[ids])

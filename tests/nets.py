@@ -181,8 +181,15 @@ def masked(
     dtype: torch.dtype = torch.float32,
 ) -> fx.GraphModule:
     """The reference: the original, full-size network with pruned kernels, biases and norm entries at zero, all other
-    kernels quantized in place, and hooks that quantize what layers read."""
+    kernels quantized in place, and hooks that quantize what layers read; skipped branches are multiplied by zero."""
     module, alive = copy.deepcopy(network.module).to(dtype), policy.alive(network)
+    nodes = {node.name: node for node in module.graph.nodes}
+    for branch in network.branches:
+        if not any(policy.weight_bits[name].any() for name in branch.layers):
+            end, sum_ = nodes[branch.end], nodes[branch.sum]
+            with module.graph.inserting_before(sum_):
+                sum_.replace_input_with(end, module.graph.call_function(torch.mul, (end, 0.0)))
+    module.recompile()
     for layer in network.layers:
         part, bits = module.get_submodule(layer.name), torch.from_numpy(policy.weight_bits[layer.name])
         weight = network.module.get_submodule(layer.name).weight

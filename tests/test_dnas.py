@@ -139,7 +139,7 @@ def test_pact_learns_the_clipping_value_from_what_is_clipped(signed):
 
 def kept_bytes(run) -> int:
     """What a forward pass still holds when it is over, its result included."""
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         out = run()
     assert out.requires_grad
     return sum(event.self_cpu_memory_usage for event in profile.events())
@@ -348,8 +348,9 @@ def test_children_are_within_budget_and_share_what_they_must(granularity):
         assert problem.budget.admits(policy)
         for names in layers.get(granularity, ()):
             bits = np.concatenate([policy.weight_bits[name] for name in names])
-            assert len(set(bits[bits > 0].tolist())) == 1
-            assert len({policy.act_bits[name] for name in names}) == 1
+            there = [name for name in names if policy.weight_bits[name].any()]  # others are skipped
+            assert len(set(bits[bits > 0].tolist())) == bool(there)
+            assert len({policy.act_bits[name] for name in there}) == bool(there)
 
 
 def test_the_most_probable_child_is_the_policy_that_all_logits_point_to():

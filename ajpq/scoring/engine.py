@@ -36,7 +36,7 @@ class Engine:
         self.bank, self.shelf = WeightBank(setting.network), Shelf(cache_bytes)
         self.in_flight = 0  # most bytes of activations that one batch has needed at once
         self.norm_data = [self.ready(x) for x, *_ in setting.norm_data]
-        self._skeletons: OrderedDict[bytes, Skeleton] = OrderedDict()
+        self._skeletons: OrderedDict[tuple, Skeleton] = OrderedDict()
         self._statistics: OrderedDict[bytes, tuple[Tensor, ...]] = OrderedDict()
         self.goals = self._goals(setting) if setting.correction == "least_squares" else {}
         self.modules = {
@@ -82,12 +82,12 @@ class Engine:
 
     def program(self, policy: CompressionPolicy) -> Program:
         """Raises Unfit where only the reference can run this network."""
-        alive = policy.alive(self.network)
-        key = alive.tobytes()
+        alive, skipped = policy.alive(self.network), policy.skipped(self.network)
+        key = alive.tobytes(), skipped.layers
         if key in self._skeletons:
             self._skeletons.move_to_end(key)
         else:
-            self._skeletons[key] = skeleton(self.network, *smaller_graph(self.network, alive))
+            self._skeletons[key] = skeleton(self.network, *smaller_graph(self.network, alive, skipped))
             while len(self._skeletons) > SKELETONS:
                 self._skeletons.popitem(last=False)
         return Builder(
