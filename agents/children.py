@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from agents.genes import Account, Gene, Genome
-from agents.linear_program import Sensitivity, settle
+from agents.linear_program import settle
+from agents.sensitivity import Sensitivity
 from ajpq.architecture import STEEPEST, Architecture
 from ajpq.branches import Skipped
 from ajpq.network import Network

@@ -24,7 +24,7 @@ class NSGA2:
     copies of the best of them in which a part `spread` of the decisions moved by one option.
 
     The additions are ours: for ResNet-20 at size 1/16 and 200 evaluations of minus the logarithm of the summed
-    sensitivity of `agents.linear_program` (mean of 3 seeds), NSGA-II reaches -1.75 without them, -1.02 with the first
+    sensitivity of `agents.sensitivity` (mean of 3 seeds), NSGA-II reaches -1.75 without them, -1.02 with the first
     population, -0.98 if repairs count for the genes that were asked, -0.79 so; random search -1.80. Populations of 20
     and the cost as a second objective were worse.
 

@@ -19,7 +19,8 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from agents.controller import Controller, algorithm_of
 from agents.genes import Account, Genome
-from agents.linear_program import Sensitivity, settle
+from agents.linear_program import settle
+from agents.sensitivity import Sensitivity
 from ajpq.problem import Problem, SearchBackend, SearchResult
 from envs.views import Views, turn, views_of
 

@@ -16,8 +16,9 @@ from agents.evolution import NSGA2, _Evolution
 from agents.filled_uniform import FilledUniform
 from agents.genes import Account, Genome
 from agents.hill_climbing import HillClimbing
-from agents.linear_program import LinearProgram, allocate, measured_sensitivity, weight_sensitivity
+from agents.linear_program import LinearProgram, allocate
 from agents.random_search import RandomSearch
+from agents.sensitivity import measured_sensitivity, weight_sensitivity
 from agents.uniform import Uniform, homogeneous_within
 from ajpq import quantize
 from ajpq.errors import AjpqError

@@ -15,9 +15,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ajpq.bank import WeightBank
 from ajpq.correction import matched, outputs
 from ajpq.policy import CompressionPolicy
+from ajpq.scoring.binding import Builder
 from ajpq.scoring.fusion import Skeleton, skeleton
 from ajpq.scoring.kernels import Floats
-from ajpq.scoring.program import Builder, Program
+from ajpq.scoring.program import Program
 from ajpq.scoring.setting import Setting
 from ajpq.scoring.shelf import Shelf, size_of
 from ajpq.surgery import smaller_graph
