@@ -8,6 +8,7 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
+import pytest
 import torch
 import torchvision
 from torch import Tensor, fx, nn
@@ -33,6 +34,11 @@ TORCHVISION = (
     "efficientnet_b0",
     "shufflenet_v2_x0_5",
     "regnet_y_400mf",
+)
+# Parameters of a test: VGG, which couples nothing, takes the longest.
+NETWORKS = tuple(
+    pytest.param(name, marks=pytest.mark.slow) if name == "vgg11_bn" else name
+    for name in ("digits_cnn", "resnet20", *TORCHVISION)
 )
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 32)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from nets import (
-    TORCHVISION,
+    NETWORKS,
     RandomNet,
     batches_of,
     conv,
@@ -72,7 +72,7 @@ def check_equal(network: Network, seed: int) -> None:
     assert error(found, outputs(reference, double(setting.search_data))) <= 1e-9
 
 
-@pytest.mark.parametrize("name", ("digits_cnn", "resnet20", *TORCHVISION))
+@pytest.mark.parametrize("name", NETWORKS)
 def test_the_fast_path_equals_the_reference(name):
     check_equal(network_of(name), 0)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from nets import (
-    TORCHVISION,
+    NETWORKS,
     WIDTHS,
     RandomNet,
     conv,
@@ -54,7 +54,7 @@ def test_masked_equals_shrunk(name, seed):
     assert after.std() > 0.02 and (before - after).abs().max() > 0.02  # the comparison is about something
 
 
-@pytest.mark.parametrize("name", ("digits_cnn", "resnet20", *TORCHVISION))
+@pytest.mark.parametrize("name", NETWORKS)
 def test_masked_and_quantized_equals_compressed(name):
     """Every kernel's width and step come from the weights that survive, before as after surgery."""
     network = network_of(name)
