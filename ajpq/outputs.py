@@ -102,9 +102,9 @@ def quantize_outputs(network: fx.GraphModule, images: Tensor) -> None:
     wanted = [end for end in wanted if all(reader.op != "output" for reader in readers(network, end))]
     if not wanted:
         return
-    training = network.training
+    training, device = network.training, next((p.device for p in network.parameters()), images.device)
     seen = _Ranges(network.eval(), {end.name for end in wanted})
-    seen.run(images.to(next((p.device for p in network.parameters()), images.device)))
+    seen.run(images.to(device))
     network.train(training)
     names = {name for name, _ in network.named_modules()}
     for end in wanted:
@@ -114,7 +114,7 @@ def quantize_outputs(network: fx.GraphModule, images: Tensor) -> None:
         number = next(i for i in range(len(names) + 1) if f"output_quantizer_{i}" not in names)
         name = f"output_quantizer_{number}"
         names.add(name)
-        scale = torch.tensor(found.step(BITS), device=images.device)
+        scale = torch.tensor(found.step(BITS), device=device)
         network.add_submodule(name, ActQuant(BITS, found.signed, scale, learned=True).train(training))
         put(network, name, end)
     network.recompile()

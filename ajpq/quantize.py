@@ -196,14 +196,17 @@ def _fast(x: Tensor) -> bool:
 
 def _act(x: Tensor, scale: Tensor, lo: int, hi: int) -> Tensor:
     if _fast(x):
-        return (x * (1 / scale)).round_().clamp_(lo, hi).mul_(scale)
+        return _codes(x, scale, lo, hi).mul_(scale)
     return torch.fake_quantize_per_tensor_affine(x, scale, torch.zeros((), dtype=torch.int32, device=x.device), lo, hi)
+
+
+def _codes(x: Tensor, scale: Tensor, lo: int, hi: int) -> Tensor:
+    return (x * (1 / scale)).round_().clamp_(lo, hi)
 
 
 def act_codes(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
     """The whole numbers of `fake_quantize_act`, as floats; bits below 32."""
-    lo, hi = act_range(bits, signed)
-    return (x * (1 / usable(scale.abs()))).round_().clamp_(lo, hi)
+    return _codes(x, usable(scale.abs()), *act_range(bits, signed))
 
 
 def fake_quantize_act(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
