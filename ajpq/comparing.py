@@ -98,7 +98,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
         _search(cfg, job, plan, folder, screen, report)
         if job.finetune["epochs"]:
             fresh = partial(instantiate, cfg.data, _convert_="all")
-            tuner = Tuner(job, folder, cfg.norm_images, cfg.correction, fresh, screen)
+            tuner = Tuner(job, folder, fresh, screen)
             for (name, own), entry in plan.items():
                 if not (folder / entry.folder(own) / POLICY).is_file():
                     continue

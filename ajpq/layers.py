@@ -7,6 +7,7 @@ again computes the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,14 +40,16 @@ class Geometry:
             return F.linear(x, weight, bias)
         if self.padding_mode == "zeros":
             return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
-        if self.padding == "same":
-            total = [d * (k - 1) for d, k in zip(self.dilation, weight.shape[2:], strict=True)]
-            pads = [p for t in reversed(total) for p in (t // 2, t - t // 2)]
-        else:
-            (top, left) = (0, 0) if self.padding == "valid" else self.padding
-            pads = [left, left, top, top]
-        x = F.pad(x, pads, mode=self.padding_mode)
+        x = F.pad(x, self.pads(weight.shape[2:]), mode=self.padding_mode)
         return F.conv2d(x, weight, bias, self.stride, 0, self.dilation, self.groups)
+
+    def pads(self, kernel: Sequence[int]) -> list[int]:
+        """What is put around the images of a convolution: left, right, top, bottom."""
+        if self.padding == "same":
+            total = [d * (k - 1) for d, k in zip(self.dilation, kernel, strict=True)]
+            return [p for t in reversed(total) for p in (t // 2, t - t // 2)]
+        top, left = (0, 0) if self.padding == "valid" else self.padding
+        return [left, left, top, top]
 
 
 class ActQuant(nn.Module):

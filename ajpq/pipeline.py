@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -13,18 +14,16 @@ from omegaconf import DictConfig, OmegaConf
 from torch import fx
 
 from ajpq import report as reporting
-from ajpq.compression import compress, freeze
+from ajpq.compression import freeze
 from ajpq.console import Screen
-from ajpq.correction import correct
 from ajpq.data import take
 from ajpq.errors import AjpqError
 from ajpq.features import survivors
 from ajpq.files import remove_parts, write_text
 from ajpq.finetuning import finetune
+from ajpq.onnx_check import seen
 from ajpq.onnx_export import FILE as ONNX
 from ajpq.onnx_export import float_onnx
-from ajpq.onnx_graph import integer_graph
-from ajpq.policy import CompressionPolicy
 from ajpq.preparing import Prepared, epochs, prepare
 from ajpq.problem import SearchBackend, SearchResult
 from ajpq.record import RECORD
@@ -33,7 +32,7 @@ from ajpq.searching import search_in
 from ajpq.shipping import load, ship
 from ajpq.snapshot import STATE, check_same, fingerprint, keep
 from ajpq.speed import check_timing, measured
-from ajpq.training import accuracy, measure, recalibrate
+from ajpq.training import measure, recalibrate
 
 TUNING = "finetune.pt"  # state of the fine-tuning, after every epoch
 ONNX_IMAGES = 128  # of the calibration split, for the ranges of residual sums
@@ -63,7 +62,9 @@ def run(cfg: DictConfig, folder: Path) -> None:
         raise
     finally:
         problem.close()
-    student = _corrected(cfg, job, result.policy)
+    with screen.stage("reconstruct"):
+        student = job.student(result.policy)
+        searched = copy.deepcopy(student)  # to be measured at the end: fine-tuning works in place
     settings = dict(job.finetune)
     teacher = model if settings.pop("distillation") else None
     try:
@@ -87,7 +88,6 @@ def run(cfg: DictConfig, folder: Path) -> None:
     path, onnx = _shipped(cfg, job, final, folder, screen)
     loaded = load(path)
     with screen.stage("test"):
-        searched = _corrected(cfg, job, result.policy)
         found, values = {}, {}
         for name, net in (("original", model), ("searched", searched), ("final", loaded)):
             found[name], values[name] = measure(net, data.test, problem.task)
@@ -134,15 +134,20 @@ def _shipped(
         try:
             path = ship(final, folder, images=images)
             shipped, original = (folder / ONNX).read_bytes(), float_onnx(job.original.module, images)
-            metric = accuracy(integer_graph(final, images), job.data.test, job.problem.task)
         except AjpqError as error:
             screen.say(str(error))
             return ship(final, folder), None
+    with screen.stage("test model.onnx"):
+        try:
+            found = seen(shipped, load(path), job.data.test, job.problem.task)
+        except AjpqError as error:
+            screen.say(str(error))
+            found = {"metric": None, "agreement": None, "failed": str(error)}
     timing = None
     if cfg.timing is not None:
         with screen.stage("measure"):
             timing = measured(original, shipped, images, **cfg.timing)
-    return path, {"bytes": len(shipped), "original_bytes": len(original), "metric": metric, "timing": timing}
+    return path, {"bytes": len(shipped), "original_bytes": len(original), **found, "timing": timing}
 
 
 def _check_folder(folder: Path, resumed: bool) -> None:
@@ -170,11 +175,3 @@ def _search(cfg: DictConfig, folder: Path, screen: Screen, job: Prepared, backen
         folder, job.problem, backend, seed=cfg.seed, evaluations=getattr(backend, "evaluations", None) or 0,
         screen=screen, tensorboard=cfg.tensorboard,
     )  # fmt: skip
-
-
-def _corrected(cfg: DictConfig, job: Prepared, policy: CompressionPolicy) -> fx.GraphModule:
-    """The compressed network as the evaluator measures it."""
-    student = compress(job.network, policy, job.problem.calibration)
-    if cfg.norm_images:
-        correct(student, job.original, policy, take(job.data.calibration, cfg.norm_images), cfg.correction)
-    return student

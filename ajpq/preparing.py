@@ -11,18 +11,21 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from torch import nn
+from torch import fx, nn
 
 from ajpq import sharing
 from ajpq.budget import Budget
 from ajpq.checkpoint import load_weights, save_weights
+from ajpq.compression import compress
 from ajpq.console import Advance, Screen
-from ajpq.correction import check_correction
+from ajpq.correction import check_correction, correct
 from ajpq.data import Data, take
 from ajpq.errors import AjpqError
 from ajpq.memory import keep_freed_memory
 from ajpq.network import Network
+from ajpq.policy import CompressionPolicy
 from ajpq.problem import CALIBRATION_IMAGES, Problem, reachable
+from ajpq.reconstruction import reconstruct
 from ajpq.space import SearchSpace
 from ajpq.tasks import Task
 from ajpq.tracing import trace
@@ -35,7 +38,8 @@ TRAINED, SHARED = "original.safetensors", "shared.safetensors"
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """What a search starts from. model: the trained CNN, traced: `original`; `network` may have other weights
-    (`ajpq.sharing.share`). finetune: keywords of `ajpq.finetuning.finetune`."""
+    (`ajpq.sharing.share`). finetune: keywords of `ajpq.finetuning.finetune`. norm_images, reconstruct_images and
+    correction: see `student`."""
 
     data: Data
     model: nn.Module
@@ -43,6 +47,19 @@ class Prepared:
     network: Network
     problem: Problem
     finetune: Mapping[str, Any]
+    norm_images: int
+    correction: str
+    reconstruct_images: int
+
+    def student(self, policy: CompressionPolicy) -> fx.GraphModule:
+        """The compressed network that fine-tuning starts from: reconstructed from calibration images, or, if there
+        are to be none, with its batch-norms as the evaluator corrects them."""
+        student, images = compress(self.network, policy, self.problem.calibration), self.data.calibration
+        if self.reconstruct_images:
+            reconstruct(student, self.original, policy, take(images, self.reconstruct_images))
+        elif self.norm_images:
+            correct(student, self.original, policy, take(images, self.norm_images), self.correction)
+        return student
 
 
 def prepare(cfg: DictConfig, folder: Path, screen: Screen) -> Prepared:
@@ -100,7 +117,10 @@ def prepare(cfg: DictConfig, folder: Path, screen: Screen) -> Prepared:
             evaluator=parts["evaluator"],
             train=data.train,
         )
-    return Prepared(data, model, original, network, problem, recipes["finetune"])
+    return Prepared(
+        data, model, original, network, problem, recipes["finetune"], cfg.norm_images, cfg.correction,
+        cfg.reconstruct_images,
+    )  # fmt: skip
 
 
 def _train(

@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ajpq import report as reporting
-from ajpq.compression import compress
 from ajpq.console import Screen
-from ajpq.correction import correct
-from ajpq.data import Batches, Data, take
+from ajpq.data import Batches, Data
 from ajpq.errors import AjpqError
 from ajpq.features import survivors
 from ajpq.files import remove_parts, replacing, write_text
@@ -69,18 +67,16 @@ def rows_in(place: Path) -> list[dict[str, Any]]:
 class Tuner:
     """Fine-tunes the policies of a comparison and measures them on the test split, the same policy once per seed.
 
-    folder: has the results in `tuned`. norm_images, correction: of batch-norms, before fine-tuning. fresh: makes the
-    data anew: a loader that has served for training begins elsewhere in its order of images.
+    folder: has the results in `tuned`. fresh: makes the data anew: a loader that has served for training begins
+    elsewhere in its order of images.
     """
 
-    def __init__(
-        self, job: Prepared, folder: Path, norm_images: int, correction: str, fresh: Callable[[], Data], screen: Screen
-    ) -> None:
+    def __init__(self, job: Prepared, folder: Path, fresh: Callable[[], Data], screen: Screen) -> None:
         self.job, self.folder, self.screen = job, folder / TUNED, screen
         remove_parts(self.folder)
-        self.norm_images, self.correction = norm_images, correction
         self._fresh, self._data = fresh, None
-        text = json.dumps([norm_images, correction, dict(job.finetune)], sort_keys=True)
+        start = [job.norm_images, job.correction, job.reconstruct_images]
+        text = json.dumps([*start, dict(job.finetune)], sort_keys=True)
         self._settings = hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def test(self, policy: CompressionPolicy, seed: int, title: str) -> float:
@@ -97,9 +93,7 @@ class Tuner:
         data = self._data = self._data or self._fresh()
         settings = dict(self.job.finetune)
         teacher = self.job.model if settings.pop("distillation") else None
-        student = compress(self.job.network, policy, self.job.problem.calibration)
-        if self.norm_images:
-            correct(student, self.job.original, policy, take(data.calibration, self.norm_images), self.correction)
+        student = self.job.student(policy)
         with self.screen.stage(f"fine-tune {title}", settings["epochs"]) as advance:
             train = _later(data.train, seed)
             final = finetune(

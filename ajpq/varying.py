@@ -96,7 +96,7 @@ class _Judge:
         self.cfg, self.job, self.trained = cfg, job, bool(job.finetune["epochs"])
         self.split = "test" if self.trained else "search"
         fresh = partial(instantiate, cfg.data, _convert_="all")
-        self.tuner = Tuner(job, folder, cfg.norm_images, cfg.correction, fresh, screen)
+        self.tuner = Tuner(job, folder, fresh, screen)
 
     def of(self, policy: CompressionPolicy, point: str, kind: str, seed: int | None) -> Trial:
         title = f"{point}, {kind}" + ("" if seed is None else f", seed {seed}")

@@ -6,9 +6,9 @@ import torch
 from nets import batches_of, images_of, model_of, network_of, problem_of
 
 from ajpq.compression import compress
-from ajpq.correction import match
 from ajpq.cost import MACs
 from ajpq.errors import AjpqError
+from ajpq.matching import match
 from ajpq.policy import CompressionPolicy
 from ajpq.problem import Problem
 from ajpq.space import Choices

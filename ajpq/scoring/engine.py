@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ajpq.bank import WeightBank
-from ajpq.correction import matched, outputs
+from ajpq.matching import matched, outputs
 from ajpq.policy import CompressionPolicy
 from ajpq.scoring.binding import Builder
 from ajpq.scoring.fusion import Skeleton, skeleton

@@ -48,6 +48,7 @@ class Local:
         self.check(workers=workers, arithmetic=arithmetic, risk=risk, device=device)
         keep_freed_memory()
         self.setting, self.risk, self.cache_bytes = setting, risk, cache_bytes
+        self.solves = setting.correction == "reconstruction" and bool(setting.norm_data)
         self.workers = workers or (torch.get_num_threads() if device == "cpu" else 1)
         self.engine = Engine(setting, _arithmetic(arithmetic, device), _room(cache_bytes))
         self.batches = [(self.engine.ready(x), y.to(self.engine.arithmetic.device)) for x, y, *_ in setting.search_data]
@@ -87,6 +88,8 @@ class Local:
     def measure(self, policy: CompressionPolicy, floor: float | None = None) -> Measured:
         """floor: the accuracy that a candidate must beat, or may be given up where `risk` allows it."""
         try:
+            if self.solves:
+                raise Unfit("every candidate has weights of its own")
             program = self.engine.program(policy)
         except Unfit:
             self._reference = self._reference or Reference(self.setting)

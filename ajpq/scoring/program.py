@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ajpq.correction import matching
+from ajpq.matching import matching
 from ajpq.scoring.kernels import Floats
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ajpq.bank import WeightBank
 from ajpq.compression import compress
 from ajpq.correction import correct
+from ajpq.network import Network
 from ajpq.policy import CompressionPolicy
+from ajpq.reconstruction import Goals, reconstruct
 from ajpq.scoring.setting import Measured, Setting
 from ajpq.scoring.tally import exact, summed, tally
 
@@ -21,19 +23,28 @@ class Reference:
     def __init__(self, setting: Setting) -> None:
         self.setting, self.bank = setting, WeightBank(setting.network)
         self._original: list[Tensor] | None = None  # outputs of the uncompressed network, per batch
+        self._goals: Goals | None = None
 
     def measure(self, policy: CompressionPolicy) -> Measured:
         original = self.setting.original or self.setting.network
         student = compress(self.setting.network, policy, self.setting.calibration, self.bank)
         with torch.no_grad():
             if self.setting.norm_data:
-                correct(student, original, policy, self.setting.norm_data, self.setting.correction)
+                self._correct(student, original, policy)
             if self._original is None:
                 self._original = [exact(original.module(x)) for x, *_ in self.setting.search_data]
             return summed(
                 tally(self.setting.task, student(x), y, known)
                 for (x, y, *_), known in zip(self.setting.search_data, self._original, strict=True)
             )
+
+    def _correct(self, student: fx.GraphModule, original: Network, policy: CompressionPolicy) -> None:
+        data, how = self.setting.norm_data, self.setting.correction
+        if how == "reconstruction":
+            self._goals = self._goals or Goals(original, data)  # the same for every policy
+            reconstruct(student, original, policy, data, self._goals)
+        else:
+            correct(student, original, policy, data, how)
 
     def __call__(
         self, policies: Sequence[CompressionPolicy], floor: float | None = None

@@ -1,0 +1,220 @@
+"""Weights of a compressed network, solved for layer by layer from a few hundred images, without training.
+
+What was pruned and rounded before a layer changes what it reads. Its surviving weights are set to the least squares
+solution that, from what it reads now, gives what the original gave, and are then rounded so that errors cancel.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ajpq import quantize
+from ajpq.compensation import round_compensated
+from ajpq.data import Batches
+from ajpq.errors import AjpqError
+from ajpq.layers import Geometry, QuantLayer
+from ajpq.matching import matched
+from ajpq.network import Network
+from ajpq.policy import CompressionPolicy
+from ajpq.quantize import FLOAT
+
+LARGEST = 8192  # weights of a kernel: a layer with larger ones stays as it is, for its moments would fill the memory
+SAMPLES = 8192  # output positions that a layer is fitted to, at least
+RIDGE = 0.01  # of the mean second moment: how far the solution is pulled to the weights as they were
+
+NOISE = 1e-5  # of the same: what sums of float32 products may be wrong by
+
+
+@torch.no_grad()
+def reconstruct(
+    student: fx.GraphModule, original: Network, policy: CompressionPolicy, batches: Batches, goals: Goals | None = None
+) -> None:
+    """Set weights, biases, step sizes and batch-norms of a compressed network to come close to the original, in place.
+
+    student: of `compress`, with the same policy; it ends in eval mode. batches: (x, y) of training images, a few
+    hundred; their activations are held in memory, those of one or two nodes of the graph at a time.
+    goals: of the original on the same batches, for callers that have them already.
+
+    Layers are taken in the order of the graph, each as what comes before it has become: least squares as in He et al.
+    (2017, arXiv 1707.06168, eq. 5) and AMC (2018, arXiv 1802.03494), here for convolutions of any kernel and groups,
+    with a ridge towards the weights as they were; step sizes are fitted anew, then `round_compensated`. Batch-norms are
+    matched as in `matching.match`, on the same output positions. A module that runs more than once stays as it is, and
+    so does a layer whose kernels have more than 8,192 weights. Raises AjpqError if there is no image.
+    """
+    student.eval()
+    device = next((p.device for p in student.parameters()), torch.device("cpu"))
+    images = [x.to(device, memory_format=_order(x)) for x, *_ in batches]
+    goals = goals or Goals(original, batches)
+    alive, calls = policy.alive(original), Counter(map(_called, student.graph.nodes))
+    follows = {norm.folds_into for norm in original.norms}
+    stages = _Stages(student, images)
+    for node in stages:
+        name = _called(node)
+        if name not in goals.channels or calls[name] > 1:
+            continue
+        module, inputs = student.get_submodule(name), stages.values(node.all_input_nodes[0])
+        known = goals.of(name, alive, device)
+        if isinstance(module, _BatchNorm):
+            _match(module, inputs, known)
+        elif isinstance(module, QuantLayer | nn.Conv2d | nn.Linear) and module.weight[0].numel() <= LARGEST:
+            _solve(module, inputs, known, centred=module.bias is not None or name in follows)
+
+
+class Goals:
+    """What layers and batch-norms of the original put out for `batches`, each at some positions.
+
+    The positions are drawn for every batch and module: 8,192 images and positions in all, or twice the weights of a
+    kernel, or all there are. Raises AjpqError if there is no image.
+    """
+
+    @torch.no_grad()
+    def __init__(self, original: Network, batches: Batches, seed: int = 0) -> None:
+        calls = Counter(map(_called, original.module.graph.nodes))
+        self.channels = {layer.name: layer.writes for layer in original.layers} | matched(original)  # (C,) each
+        self.channels = {name: channels for name, channels in self.channels.items() if calls[name] == 1}
+        self._found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.channels}
+        self._random, self._count = torch.Generator().manual_seed(seed), sum(len(x) for x, *_ in batches)
+        if not self._count:
+            raise AjpqError("Reconstruction needs at least one image, but there is none: check the calibration split.")
+        handles = [original.module.get_submodule(n).register_forward_hook(self._hook(n)) for n in self.channels]
+        device = next((p.device for p in original.module.parameters()), torch.device("cpu"))
+        try:
+            for x, *_ in batches:
+                original.module(x.to(device, memory_format=_order(x)))
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def of(self, name: str, alive: np.ndarray, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        """Of every batch the positions, int64 (p,), rows of the output one after another, and the surviving outputs
+        there, (N, p, c)."""
+        rows = torch.from_numpy(alive[self.channels[name]].nonzero()[0])
+        return [(at.to(device), y[:, :, rows.to(y.device)].to(device)) for at, y in self._found[name]]
+
+    def _hook(self, name: str):
+        def keep(module: nn.Module, args: Any, y: Tensor) -> None:
+            linear, norm = isinstance(module, nn.Linear), isinstance(module, _BatchNorm)
+            flat = y.reshape(len(y), -1, y.shape[-1]) if linear else _rows(y)  # (N, positions, C)
+            samples = SAMPLES if norm else max(SAMPLES, 2 * module.weight[0].numel())
+            wanted = min(-(-samples // self._count), flat.shape[1])
+            at = torch.randperm(flat.shape[1], generator=self._random)[:wanted].sort().values
+            self._found[name].append((at, flat[:, at.to(y.device)]))
+
+        return keep
+
+
+class _Stages:
+    """Runs all batches through a graph node by node: iterating gives every node before it runs."""
+
+    def __init__(self, network: fx.GraphModule, images: list[Tensor]) -> None:
+        self.interpreter, self.nodes = fx.Interpreter(network), list(network.graph.nodes)
+        self.environments: list[dict[fx.Node, Any]] = [{} for _ in images]
+        self.images = images
+
+    def values(self, node: fx.Node) -> list[Any]:
+        return [environment[node] for environment in self.environments]
+
+    def __iter__(self) -> Iterator[fx.Node]:
+        last = {read: node for node in self.nodes for read in node.all_input_nodes}
+        for node in self.nodes:
+            if node.op == "output":
+                return
+            yield node
+            for x, environment in zip(self.images, self.environments, strict=True):
+                self.interpreter.env = environment
+                environment[node] = x if node.op == "placeholder" else self.interpreter.run_node(node)
+                for read in node.all_input_nodes:
+                    if last[read] is node:
+                        del environment[read]
+
+
+def _solve(layer: nn.Module, inputs: list[Tensor], goals: list[tuple[Tensor, Tensor]], centred: bool) -> None:
+    """Least squares for one layer, then its step sizes and rounding. centred: whatever is constant is made good by its
+    bias, or by the batch-norm behind it."""
+    geometry = layer.geometry if isinstance(layer, QuantLayer) else Geometry.of(layer)
+    groups = geometry.groups if geometry.conv else 1
+    weight = layer.weight.detach()
+    n = weight[0].numel()
+    w = weight.reshape(groups, -1, n).double()  # (G, K, n)
+    xx, xy = w.new_zeros(groups, n, n), w.new_zeros(groups, n, w.shape[1])
+    x_sum, y_sum, count, shift = w.new_zeros(groups, n), w.new_zeros(groups, w.shape[1]), 0, None
+    for x, (at, y) in zip(inputs, goals, strict=True):
+        x = layer.act(x) if isinstance(layer, QuantLayer) else x
+        x = patches(x, geometry, weight.shape[2:], at).reshape(-1, groups, n).transpose(0, 1)  # (G, N p, n)
+        y = y.reshape(-1, groups, w.shape[1]).transpose(0, 1)  # (G, N p, K)
+        if shift is None:  # near the mean, so that little is lost when the mean goes
+            shift = x.mean(1, keepdim=True) if centred else torch.zeros_like(x[:, :1])  # (G, 1, n)
+        x = x - shift
+        xx, xy = xx + (x.mT @ x).double(), xy + (x.mT @ y).double()
+        x_sum, y_sum, count = x_sum + x.sum(1), y_sum + y.sum(1), count + x.shape[1]
+    x_mean, y_mean = x_sum / count, y_sum / count
+    xx, xy = xx / count, xy / count
+    floor = NOISE * xx.diagonal(dim1=1, dim2=2).mean(1) + torch.finfo(torch.float32).tiny  # (G,)
+    if centred:
+        xx, xy = xx - x_mean[:, :, None] * x_mean[:, None], xy - x_mean[:, :, None] * y_mean[:, None]
+    pull = RIDGE * xx.diagonal(dim1=1, dim2=2).mean(1).clamp(min=0) + floor
+    gram = xx + pull[:, None, None] * torch.eye(n, dtype=xx.dtype, device=xx.device)
+    factor = torch.linalg.cholesky(gram)
+    w = torch.cholesky_solve(xy + pull[:, None, None] * w.mT, factor).mT  # (G, K, n)
+    if isinstance(layer, QuantLayer):
+        solved = w.reshape(weight.shape).float()
+        scale = torch.where(layer.bits == FLOAT, layer.scale, quantize.fit_scale(solved, layer.bits))
+        w = round_compensated(w, gram, layer.bits, scale)
+        layer.scale.copy_(scale)
+    layer.weight.copy_(w.reshape(weight.shape))
+    if layer.bias is not None:
+        mean = x_mean + shift[:, 0]
+        layer.bias.copy_((y_mean - (w @ mean[:, :, None])[:, :, 0]).reshape(-1))
+
+
+def patches(x: Tensor, geometry: Geometry, kernel: Iterable[int], at: Tensor) -> Tensor:
+    """What the kernels of a layer meet at some of its output positions. x (N, C, H, W), at (p,) of the output's rows
+    one after another -> (N, p, C * kh * kw); of a linear layer x (N, ..., C) -> (N, p, C)."""
+    if not geometry.conv:
+        return x.reshape(len(x), -1, x.shape[-1])[:, at]
+    kernel = list(kernel)
+    mode, pads = geometry.padding_mode, geometry.pads(kernel)
+    x = F.pad(x, pads, mode="constant" if mode == "zeros" else mode)
+    reach = [d * (k - 1) for d, k in zip(geometry.dilation, kernel, strict=True)]
+    width = (x.shape[3] - reach[1] - 1) // geometry.stride[1] + 1  # of the output
+    row, column = at // width * geometry.stride[0], at % width * geometry.stride[1]
+    rows = row[:, None] + geometry.dilation[0] * torch.arange(kernel[0], device=x.device)  # (p, kh)
+    columns = column[:, None] + geometry.dilation[1] * torch.arange(kernel[1], device=x.device)  # (p, kw)
+    found = x[:, :, rows[:, :, None], columns[:, None, :]]  # (N, C, p, kh, kw)
+    return found.transpose(1, 2).reshape(len(x), len(at), -1)
+
+
+def _match(norm: _BatchNorm, inputs: list[Tensor], goals: list[tuple[Tensor, Tensor]]) -> None:
+    """Statistics, gain and shift of a batch-norm: the least squares fit of its output to that of the original."""
+    x = torch.cat([_rows(x)[:, at].flatten(0, 1) for x, (at, _) in zip(inputs, goals, strict=True)]).double()  # (n, C)
+    goal = torch.cat([y.flatten(0, 1) for _, y in goals]).double()
+    var, mean = torch.var_mean(x, 0)
+    u = (x - mean) * (var + norm.eps).rsqrt()
+    shift = goal.mean(0)
+    gain = (u * (goal - shift)).sum(0) / u.square().sum(0).clamp(min=norm.eps)
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(var)
+    norm.weight, norm.bias, norm.affine = nn.Parameter(gain.float()), nn.Parameter(shift.float()), True
+
+
+def _order(x: Tensor) -> torch.memory_format:
+    """The order of memory that convolutions are fastest in."""
+    return torch.channels_last if x.ndim == 4 else torch.contiguous_format
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(N, C, ...) -> (N, positions, C)."""
+    return x.flatten(2).mT if x.ndim > 2 else x[:, None]
+
+
+def _called(node: fx.Node) -> str:
+    """The module that a node calls, or nothing."""
+    return str(node.target) if node.op == "call_module" else ""
