@@ -4,6 +4,7 @@ network = ajpq.trace(model, images)               what can be pruned and what ca
 problem = ajpq.Problem(model, calibration, search, {"size": 0.1})
 result = agents.hierarchical.Hierarchical(evaluations=200).search(problem)
 student = ajpq.compress(problem.network, result.policy, problem.calibration)
+ajpq.reconstruct(student, problem.network, result.policy, train)
 small = ajpq.finetune(student, train, epochs=20, teacher=model)
 ajpq.ship(small, "folder"); ajpq.load("folder")
 """
@@ -15,6 +16,7 @@ _HOME = {
     "AjpqError": "errors", "Network": "network", "trace": "tracing", "CompressionPolicy": "policy", "Choices": "space",
     "Problem": "problem", "Score": "problem", "SearchResult": "problem", "calibrate": "calibration",
     "compress": "compression",
+    "reconstruct": "reconstruction",
     "freeze": "compression", "shrink": "surgery", "Size": "cost", "MACs": "cost", "BOPs": "cost", "UniqBOPs": "cost",
     "finetune": "finetuning", "fit": "training", "accuracy": "training", "recalibrate": "training",
     "ship": "shipping", "load": "shipping",

@@ -1,5 +1,5 @@
-"""The commands `ajpq` and `ajpq-compare`: Hydra applications over the configuration in the folder `conf` beside this
-package.
+"""The commands `ajpq`, `ajpq-compare`, `ajpq-variance` and `ajpq-profile`: Hydra applications over the configuration in
+the folder `conf` beside this package.
 
 `main()` finds the three sibling folders, runs the job, and turns every error that the user can mend into one sentence
 on stderr with exit status 2. Ctrl-C ends with status 130. Any other error is a bug and keeps its traceback;
@@ -59,12 +59,12 @@ def main(config: str = "config", module: str = "ajpq.pipeline") -> int:
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors over instead of printing them
     _wait_without_spinning()
-    command = _command_line(config)
+    command, name = _command_line(config), "ajpq" if config == "config" else f"ajpq-{config}"
     try:
         if os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())
         check_siblings()
-        check_alone("ajpq" if config == "config" else f"ajpq-{config}")
+        check_alone(name)
         if folder_of(command.overrides):
             if command.multirun or config != "config":
                 raise AjpqError(
@@ -80,15 +80,15 @@ def main(config: str = "config", module: str = "ajpq.pipeline") -> int:
             sys.argv[1:] = [*command.overrides, *flags]
         if command.multirun:
             check_sweep(command)
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config)(Task(module))()
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config)(Task(name, module))()
         return 0
     except KeyboardInterrupt:
         place = _folder or ("the folder of the sweep" if command.multirun else None)
         kept = f"what was finished is kept in {place}" if place else "before anything was written"
-        sys.stderr.write(f"\najpq: interrupted: {kept}\n")
+        sys.stderr.write(f"\n{name}: interrupted: {kept}\n")
         return INTERRUPTED
     except Exception as error:
-        return _report(error, command)
+        return _report(error, command, name)
 
 
 def check_siblings() -> None:
@@ -115,27 +115,28 @@ def check_sweep(command: argparse.Namespace) -> None:
 
 
 class Task:
-    """One job. Pickled by a launcher, it becomes a job in a process like that of the command: see `_arrive`."""
+    """One job of the command `name`. Pickled by a launcher, it becomes a job in a process like that of the command: see
+    `_arrive`."""
 
-    def __init__(self, module: str) -> None:
-        self.module = module
+    def __init__(self, name: str, module: str) -> None:
+        self.name, self.module = name, module
 
     def __call__(self, cfg: DictConfig) -> None:
-        _job(self.module, cfg)
+        _job(self.name, self.module, cfg)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _arrive, (os.getcwd(), tuple(sys.path), DEBUG, self.module)
+        return _arrive, (os.getcwd(), tuple(sys.path), DEBUG, self.name, self.module)
 
 
-def _arrive(folder: str, path: tuple[str, ...], debug: bool, module: str) -> Callable[[DictConfig], None]:
+def _arrive(folder: str, path: tuple[str, ...], debug: bool, name: str, module: str) -> Callable[[DictConfig], None]:
     """The job for a process of a launcher, which gets the current folder and the module search path of the command."""
     os.chdir(folder)
     sys.path[:] = dict.fromkeys((*path, *sys.path))
     _wait_without_spinning()
-    return partial(_captured_job, debug, module)
+    return partial(_captured_job, debug, name, module)
 
 
-def _captured_job(debug: bool, module: str, cfg: DictConfig) -> None:
+def _captured_job(debug: bool, name: str, module: str, cfg: DictConfig) -> None:
     """Run the job with its output in the file <name of the job>.out, and raise only what arrives whole when pickled.
 
     That is AjpqError with the sentence, or RuntimeError with the traceback as its text.
@@ -143,7 +144,7 @@ def _captured_job(debug: bool, module: str, cfg: DictConfig) -> None:
     context = HydraConfig.get()
     with (Path(context.runtime.output_dir) / f"{context.job.name}.out").open("a") as out, redirect_stdout(out):
         try:
-            _job(module, cfg)
+            _job(name, module, cfg)
         except AjpqError:
             if debug:
                 traceback.print_exc()
@@ -152,7 +153,7 @@ def _captured_job(debug: bool, module: str, cfg: DictConfig) -> None:
             raise RuntimeError(f"a job of the sweep failed with\n{traceback.format_exc()}") from None
 
 
-def _job(module: str, cfg: DictConfig) -> None:
+def _job(name: str, module: str, cfg: DictConfig) -> None:
     global _folder
     context = HydraConfig.get()
     folder = _folder = Path(context.runtime.output_dir)
@@ -167,7 +168,7 @@ def _job(module: str, cfg: DictConfig) -> None:
             raise AjpqError(sentence) from error
         if DEBUG:
             raise
-        sys.stderr.write(f"ajpq: error: {sentence}\n")
+        sys.stderr.write(f"{name}: error: {sentence}\n")
         sys.exit(BAD_INPUT)
 
 
@@ -188,13 +189,13 @@ def _command_line(config: str) -> argparse.Namespace:
     return command
 
 
-def _report(error: Exception, command: argparse.Namespace) -> int:
+def _report(error: Exception, command: argparse.Namespace, name: str) -> int:
     sentence = explain(error, command) or _unwritable(error)
     if sentence is None:
         raise error
     if DEBUG:
         traceback.print_exception(error)
-    sys.stderr.write(f"ajpq: error: {sentence}\n")
+    sys.stderr.write(f"{name}: error: {sentence}\n")
     return BAD_INPUT
 
 

@@ -29,7 +29,7 @@ def correct(student: fx.GraphModule, original: Network, policy: CompressionPolic
     `reconstruction.reconstruct`."""
     check_correction(how)
     if how == "reconstruction":
-        reconstruct(student, original, policy, batches)
+        reconstruct(student, original, policy, batches, None)
     elif how == "least_squares":
         match(student, original, policy, batches)
     else:

@@ -57,11 +57,17 @@ class Size:
     """Bits of the packed file, header included: for a surviving kernel of b <= 8 bits and n weights ``b n + 16 (scale)
     + 16 (bias, if the layer has one) + 4 (its width)``, for one of 32 bits ``32 n + 32 (bias) + 4``; 32 per channel of
     a batch-norm that cannot be folded and per other parameter; for the header (graph and geometry) 48 bytes per layer
-    and 512 bytes once. Of a layer that keeps no kernel nothing is left but 12 bytes of header, for what stays of its
-    block: activation functions, paddings, slices."""
+    and 1,024 bytes once. Of a layer that keeps no kernel nothing is left but 12 bytes of header, for what stays of its
+    block: activation functions, paddings, slices.
+
+    The header is compressed, so its share is a bound, not a count. Once come 350 to 560 bytes of the file format, a
+    row for every part that is not empty (see `ajpq.shipping`), and what belongs to no layer: inputs and outputs,
+    operations on their own, modules and norms that cannot be folded, and their arguments. Measured on 50 networks of
+    1 to 151 layers, CNNs have at most 834 bytes beside the 48 per layer; a graph with much more than layers may have
+    more (a transformer of one block: 1,027)."""
 
     unit = "bit"
-    header_per_layer, header_of_skipped, header_once = 48 * 8, 12 * 8, 512 * 8
+    header_per_layer, header_of_skipped, header_once = 48 * 8, 12 * 8, 1024 * 8
 
     def __call__(self, loads: Sequence[Load]) -> Tensor:
         return _stack([self._layer(load) for load in loads])

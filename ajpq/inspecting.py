@@ -20,12 +20,13 @@ from ajpq.shipping import FILE, describe, load
 
 REPORT = "report.json"
 BAD_INPUT = 2
+NAME = "ajpq-inspect"
 
 
 def main() -> int:
     """Run the command on `sys.argv`; returns or exits with 0 or 2 (bad input)."""
     parser = argparse.ArgumentParser(
-        prog="ajpq-inspect",
+        prog=NAME,
         description="Print what is in a shipped network: layers, kernels by width, channels kept, bytes by part, and "
         "what the report beside it claims against what the file holds.",
     )
@@ -39,7 +40,7 @@ def main() -> int:
     except AjpqError as error:
         if os.environ.get("AJPQ_DEBUG") == "1":
             traceback.print_exception(error)
-        sys.stderr.write(f"ajpq: error: {error}\n")
+        sys.stderr.write(f"{NAME}: error: {error}\n")
         return BAD_INPUT
     return 0
 

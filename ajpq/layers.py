@@ -106,6 +106,10 @@ class FrozenLayer(nn.Module):
 
     Where kernels and input are integers, so is what is added up, the bias too, rounded to `unit`: as in runtimes. Such
     sums are exact (below 2^24) in any order, so they do not depend on the batch, on threads or on the processor.
+
+    unit:  the step of an integer sum, float32 (c_out,): that of the kernel times that of the input; None where one of
+           them is float
+    whole_bias: the bias in units, whole float32 (c_out,); None without one, and where it and a sum do not fit an int32
     """
 
     def __init__(
@@ -125,15 +129,17 @@ class FrozenLayer(nn.Module):
         weight = quantize.decode(self.codes, bits, scale)
         weight[bits == FLOAT] = raw
         self.register_buffer("weight", weight, persistent=False)
-        unit, whole = self.unit, self.whole_bias
-        self.register_buffer("shift", self.bias if whole is None else whole * unit, persistent=False)
-        integer = unit is not None and (bias is None or whole is not None)
-        each = (-1, 1, 1) if geometry.conv else (-1,)
-        for name, value in (
-            ("_codes", self.container[0].float() if integer else None),
-            ("_bias", whole if integer else None),
-            ("_unit", unit.reshape(each) if integer else None),
-        ):
+        unit = whole = integers = None
+        if act.bits != FLOAT and not (bits == FLOAT).any():
+            contained, step = self.container
+            unit = step * quantize.usable(act.scale.detach().abs())
+            whole = None if bias is None else (bias / unit).round()
+            if whole is not None and (whole.abs() >= 2**30).any():
+                whole = None
+            if bias is None or whole is not None:
+                integers = contained.float()
+        shift = self.bias if whole is None else whole * unit
+        for name, value in (("unit", unit), ("whole_bias", whole), ("shift", shift), ("_codes", integers)):
             self.register_buffer(name, value, persistent=False)
 
     @property
@@ -151,27 +157,12 @@ class FrozenLayer(nn.Module):
         some = scale.abs().max().clamp(min=quantize.TINY)
         return codes.to(torch.int8), torch.where(scale == 0, some, scale.abs()) / shift
 
-    @property
-    def unit(self) -> Tensor | None:
-        """The step of an integer sum, float32 (c_out,): that of the kernel times that of the input. None where one of
-        them is float."""
-        if self.act.bits == FLOAT or (self.bits == FLOAT).any():
-            return None
-        return self.container[1] * quantize.usable(self.act.scale.abs())
-
-    @property
-    def whole_bias(self) -> Tensor | None:
-        """The bias in units, whole float32 (c_out,); None without one, and where it and a sum do not fit an int32."""
-        if self.bias is None or (unit := self.unit) is None:
-            return None
-        whole = (self.bias / unit).round()
-        return whole if (whole.abs() < 2**30).all() else None
-
     def forward(self, x: Tensor) -> Tensor:
-        if self._unit is None:
+        if self._codes is None:
             return self.geometry.apply(self.act(x), self.weight, self.shift)
         codes = quantize.act_codes(x, self.act.scale, self.act.bits, self.act.signed)
-        return self.geometry.apply(codes, self._codes, self._bias) * self._unit
+        unit = self.unit.reshape(-1, 1, 1) if self.geometry.conv else self.unit
+        return self.geometry.apply(codes, self._codes, self.whole_bias) * unit
 
     def extra_repr(self) -> str:
         return f"{tuple(self.codes.shape)}, mean bits={self.bits.float().mean().item():.2f}"

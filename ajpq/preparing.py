@@ -56,7 +56,7 @@ class Prepared:
         are to be none, with its batch-norms as the evaluator corrects them."""
         student, images = compress(self.network, policy, self.problem.calibration), self.data.calibration
         if self.reconstruct_images:
-            reconstruct(student, self.original, policy, take(images, self.reconstruct_images))
+            reconstruct(student, self.original, policy, images, self.reconstruct_images)
         elif self.norm_images:
             correct(student, self.original, policy, take(images, self.norm_images), self.correction)
         return student

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ajpq import quantize
 from ajpq.compensation import round_compensated
-from ajpq.data import Batches
+from ajpq.data import Batches, take
 from ajpq.errors import AjpqError
 from ajpq.layers import Geometry, QuantLayer
 from ajpq.matching import matched
@@ -35,13 +35,14 @@ NOISE = 1e-5  # of the same: what sums of float32 products may be wrong by
 
 @torch.no_grad()
 def reconstruct(
-    student: fx.GraphModule, original: Network, policy: CompressionPolicy, batches: Batches, goals: Goals | None = None
-) -> None:
+    student: fx.GraphModule, original: Network, policy: CompressionPolicy, batches: Batches, images: int | None = 400,
+    goals: Goals | None = None,
+) -> None:  # fmt: skip
     """Set weights, biases, step sizes and batch-norms of a compressed network to come close to the original, in place.
 
-    student: of `compress`, with the same policy; it ends in eval mode. batches: (x, y) of training images, a few
-    hundred; their activations are held in memory, those of one or two nodes of the graph at a time.
-    goals: of the original on the same batches, for callers that have them already.
+    student: of `compress`, with the same policy; it ends in eval mode. batches: (x, y) of training images, of which
+    the first `images` count (None: all); their activations are held in memory, those of one or two nodes of the graph
+    at a time. goals: of the original on the same batches, for callers that have them already.
 
     Layers are taken in the order of the graph, each as what comes before it has become: least squares as in He et al.
     (2017, arXiv 1707.06168, eq. 5) and AMC (2018, arXiv 1802.03494), here for convolutions of any kernel and groups,
@@ -51,11 +52,11 @@ def reconstruct(
     """
     student.eval()
     device = next((p.device for p in student.parameters()), torch.device("cpu"))
-    images = [x.to(device, memory_format=_order(x)) for x, *_ in batches]
+    batches = list(batches if images is None else take(batches, images))  # a loader may draw others next time
     goals = goals or Goals(original, batches)
     alive, calls = policy.alive(original), Counter(map(_called, student.graph.nodes))
     follows = {norm.folds_into for norm in original.norms}
-    stages = _Stages(student, images)
+    stages = _Stages(student, [x.to(device, memory_format=_order(x)) for x, *_ in batches])
     for node in stages:
         name = _called(node)
         if name not in goals.channels or calls[name] > 1:

@@ -159,7 +159,9 @@ def show(report: Mapping[str, Any], console: Console) -> None:
     )
     if report["onnx"] is not None:
         onnx = report["onnx"]
-        table.add_row(f"{metric} of model.onnx (test)", f"{metrics['original']:.4f}", f"{onnx['metric']:.4f}")
+        if onnx["agreement"] is not None:
+            table.add_row(f"{metric} of model.onnx (test)", f"{metrics['original']:.4f}", f"{onnx['metric']:.4f}")
+            table.add_row(f"same {onnx['answer']} as packed, of {onnx['images']:,}", "", f"{onnx['agreement']:.4f}")
         table.add_row(
             "bytes of model.onnx, int8",
             f"{onnx['original_bytes']:,.0f}",

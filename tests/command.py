@@ -19,8 +19,8 @@ def ajpq(folder: Path, *arguments: str, **kwargs: str) -> subprocess.CompletedPr
     return run(folder, sys.executable, "-c", ENTRY, *arguments, **kwargs)
 
 
-def one_sentence(done: subprocess.CompletedProcess[str]) -> str:
+def one_sentence(done: subprocess.CompletedProcess[str], command: str = "ajpq") -> str:
     assert done.returncode == 2, done.stderr
     lines = done.stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("ajpq: error: "), done.stderr
+    assert len(lines) == 1 and lines[0].startswith(f"{command}: error: "), done.stderr
     return lines[0]

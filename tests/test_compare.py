@@ -17,7 +17,7 @@ import hydra
 import numpy as np
 import pytest
 import torch
-from command import ROOT, run
+from command import ROOT, one_sentence, run
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from nets import model_of, problem_of
@@ -421,6 +421,14 @@ def test_command_from_training_to_verdict(tmp_path: Path) -> None:
     assert (tmp_path / "run/original.safetensors").is_file()
 
 
+@pytest.mark.parametrize(
+    ("name", "given"), [("compare", ["searches=ajpq"]), *((n, ["sed=1"]) for n in ("compare", "variance", "profile"))]
+)
+def test_errors_are_signed_by_the_command(name: str, given: list[str], tmp_path: Path) -> None:
+    program = f"import sys; from ajpq.cli import {name}; sys.exit({name}())"
+    one_sentence(run(tmp_path, sys.executable, "-c", program, *given), f"ajpq-{name}")
+
+
 def test_ctrl_c_keeps_what_there_is(tmp_path: Path) -> None:
     given = ["searches=[random]", "seeds=[0]", "evaluations=100000", *QUICK]
     process = subprocess.Popen(
@@ -439,5 +447,7 @@ def test_ctrl_c_keeps_what_there_is(tmp_path: Path) -> None:
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130 and "interrupted" in err and f"hydra.run.dir={tmp_path / 'run'}" in out
+    assert (
+        process.returncode == 130 and "ajpq-compare: interrupted" in err and f"hydra.run.dir={tmp_path / 'run'}" in out
+    )
     assert len(read(record)) >= 3

@@ -5,17 +5,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from nets import conv, network_of, random_policy, randomise, torchvision_net, traced
+from nets import RandomNet, conv, network_of, random_policy, randomise, torchvision_net, traced
 from torch import nn
 
+from ajpq.calibration import calibrate
+from ajpq.compression import compress, freeze
 from ajpq.cost import BOPs, MACs, Size, UniqBOPs, load_of, loads_of, total
 from ajpq.models import BasicBlock, ResidualNet
 from ajpq.network import Network
+from ajpq.packing import pack
 from ajpq.policy import CompressionPolicy
+from ajpq.shipping import to_bytes
 from ajpq.tracing import trace
 
 MODELS = (Size(), MACs(), BOPs(), UniqBOPs())
-HEADER = 8 * 512  # bits, once
+HEADER = 8 * 1024  # bits, once
 HEADER_PER_LAYER = 8 * 48
 
 
@@ -233,3 +237,36 @@ def test_totals_are_sums_and_units_are_told():
         assert costs(model, network, policy) == single and total(model, network, policy) == pytest.approx(sum(single))
         assert len(model([])) == 0
     assert [model.unit for model in MODELS] == ["bit", "MAC", "BOP", "BOP"]
+
+
+SMALL = {
+    "one layer": lambda: traced(lambda m, x: m.a(x), a=conv(3, 4)),
+    "two layers": lambda: traced(lambda m, x: m.b(m.a(x).relu()), a=conv(3, 6), b=conv(6, 6)),
+    "three layers": lambda: traced(
+        lambda m, x: m.c(m.b(m.a(x).relu()).relu()), a=conv(3, 6), b=conv(6, 6), c=conv(6, 4)
+    ),
+    "norm behind": lambda: traced(
+        lambda m, x: m.l(m.n(torch.relu(m.a(x))).mean((2, 3))), a=conv(3, 4), n=nn.BatchNorm2d(4), l=nn.Linear(4, 5)
+    ),
+    "parameters": lambda: traced(
+        lambda m, x: m.l((m.g(m.a(x)) * m.s).mean((2, 3))),
+        a=conv(3, 4), g=nn.GroupNorm(2, 4), s=nn.Parameter(torch.ones(4, 1, 1)), l=nn.Linear(4, 5),
+    ),
+    **{
+        f"random {seed}": lambda seed=seed: trace(randomise(RandomNet(seed)), torch.randn(2, 3, 8, 8))
+        for seed in (1, 16, 17, 21)  # of the first 25 those whose headers hold most beside layers
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_no_file_is_larger_than_claimed(name):
+    torch.manual_seed(0)
+    network = SMALL[name]()
+    calibration = calibrate(network, [(network.example, None)])
+    for act_bits in ((32,), (8,), (2, 4, 8, 32)):
+        for widths in ((4,), (4, 8, 32)):
+            for sparsity in (0.0, 0.5):
+                policy = random_policy(network, 0, sparsity, widths, act_bits)
+                file = to_bytes(pack(freeze(compress(network, policy, calibration))))
+                assert len(file) <= total(Size(), network, policy) / 8

@@ -101,7 +101,8 @@ def test_faults_are_one_sentence(fault: str, folder: Path, tmp_path: Path) -> No
     with pytest.raises(AjpqError, match=says) as error:
         inspect(path)
     if fault in ("nowhere", "text"):
-        assert one_sentence(command(tmp_path, str(path))) == f"ajpq: error: {error.value}"
+        done = command(tmp_path, str(path))
+        assert one_sentence(done, "ajpq-inspect") == f"ajpq-inspect: error: {error.value}"
 
 
 def test_it_loads_no_search_code(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """The int8 ONNX file: integer kernels on ONNX Runtime, and the outputs of the project's own network."""
 
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,20 +11,25 @@ import pytest
 import torch
 from nets import conv, images_of, network_of, random_policy, traced
 from onnx import numpy_helper
+from rich.console import Console
 from test_ship import finished
 from torch import Tensor, fx, nn
 
 from ajpq.calibration import calibrate
 from ajpq.compression import compress, freeze
 from ajpq.data import digits
+from ajpq.detection import Detection
 from ajpq.errors import AjpqError
 from ajpq.finetuning import finetune
 from ajpq.layers import FrozenLayer
 from ajpq.models import digits_cnn
 from ajpq.network import Network
+from ajpq.onnx_check import DEVIATION, STEP, seen, unit_of
 from ajpq.onnx_export import float_onnx, to_onnx
 from ajpq.onnx_graph import integer_graph
+from ajpq.report import show
 from ajpq.shipping import load, ship
+from ajpq.tasks import CLASSIFICATION
 from ajpq.tracing import trace
 from ajpq.training import fit
 
@@ -205,3 +211,126 @@ def test_narrow_depthwise_layers_run_in_float(tmp_path: Path) -> None:
     with torch.no_grad():
         difference = np.abs(found - final(images).numpy())
     assert np.median(difference) < 1e-4 and difference.max() <= one_step(final).max()
+
+
+# -- what is seen of the file on ONNX Runtime -------------------------------------------------------------------------
+
+
+def test_what_is_seen_is_what_the_runtime_gives(trained, tmp_path: Path) -> None:
+    network, data = trained
+    images, test = (torch.cat([x for x, _ in split]) for split in (data.calibration, data.test))
+    labels = torch.cat([y for _, y in data.test]).numpy()
+    ours, other = (
+        freeze(compress(network, random_policy(network, seed, 0.2, (3,), (8,)), calibrate(network, data.calibration)))
+        for seed in (0, 1)
+    )
+    with torch.no_grad():
+        known = ours(test).numpy()
+    for final in (ours, other):
+        model = to_onnx(final, images)
+        found = seen(model, ours, data.test, CLASSIFICATION, images=150)
+        given, _ = run(model, test, tmp_path)
+        assert found["metric"] == pytest.approx((given.argmax(1) == labels).mean())  # of all 360
+        assert found["images"] == 150 and found["answer"] == "class"
+        assert found["agreement"] == pytest.approx((given.argmax(1) == known.argmax(1))[:150].mean())
+        assert found["difference_unit"] == STEP and found["largest_difference"] == pytest.approx(
+            (np.abs(given - known)[:150] / one_step(ours)).max(), rel=1e-3
+        )
+        if final is ours:
+            assert found["agreement"] >= 0.99
+        else:
+            assert found["agreement"] < 0.9 and found["largest_difference"] > 0.1  # another network's file
+
+
+def test_the_split_is_read_once(trained) -> None:
+    network, data = trained
+    final = frozen(network, next(iter(data.calibration))[0], widths=NARROW, act_bits=(8,))
+    model = to_onnx(final, next(iter(data.calibration))[0])
+    batches = iter(list(data.test))  # gives every batch once
+    assert seen(model, final, batches, CLASSIFICATION)["images"] == 360
+    with pytest.raises(AjpqError, match="check the data split"):
+        seen(model, final, batches, CLASSIFICATION)
+
+
+@dataclass(frozen=True)
+class Middle:
+    """A task of a user's own: the mean output should be the target."""
+
+    metric = "nearness"
+
+    def quality(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return 1 / (1 + (outputs.flatten(1).mean(1) - targets).abs())
+
+    def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, float]:
+        return {"nearness": self.quality(outputs, targets).mean().item()}
+
+
+def test_other_tasks_have_answers_too(tmp_path: Path) -> None:
+    network = traced(lambda m, x: m.b(m.a(x).relu()), a=conv(3, 6), b=conv(6, 10))
+    images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    ours, other = (frozen(network, images, seed, 0.3, widths=NARROW, act_bits=(8,)) for seed in (0, 1))
+    models = to_onnx(ours, images), to_onnx(other, images)
+    corners = torch.tensor([[[0.1, 0.2, 0.5, 0.6]]]).expand(8, 1, 4)
+    for task, targets, answer in (
+        (Detection(), corners, "surest box"),
+        (Middle(), torch.zeros(8), "nearness to 0.01"),
+    ):
+        same, different = (seen(model, ours, [(images, targets)], task) for model in models)
+        assert same["answer"] == answer and same["agreement"] == 1 > different["agreement"]
+        with torch.no_grad():
+            assert same["metric"] == pytest.approx(task.metrics(ours(images), targets)[task.metric], abs=0.01)
+    with torch.no_grad():
+        both = (ours(images).numpy(), run(models[1], images, tmp_path)[0])
+    surest = [outputs.reshape(8, 2, 5, 8, 8)[:, :, 4].reshape(8, -1).argmax(1) for outputs in both]
+    found = seen(models[1], ours, [(images, corners)], Detection())
+    assert found["agreement"] == (surest[0] == surest[1]).mean()
+
+
+def test_differences_are_told_in_steps_only_behind_a_layer() -> None:
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    straight = traced(lambda m, x: m.a(x), a=conv(3, 5))
+    pooled = traced(lambda m, x: m.a(x).mean((2, 3)), a=conv(3, 5))
+    for network, bits, unit in ((straight, 8, STEP), (straight, 32, DEVIATION), (pooled, 8, DEVIATION)):
+        final = frozen(network, images, sparsity=0, widths=NARROW, act_bits=(bits,))
+        with torch.no_grad():
+            outputs = final(images)
+        name, size = unit_of(final, outputs)
+        assert name == unit
+        if unit == STEP:
+            assert np.allclose(size.flatten().numpy(), one_step(final)) and (outputs / size).shape == outputs.shape
+        else:
+            assert size.item() == pytest.approx(outputs.numpy().std(), rel=1e-5)
+
+
+def test_a_file_that_does_not_run_is_told() -> None:
+    images = images_of("digits_cnn", 8)
+    final = frozen(network_of("digits_cnn"), images, widths=NARROW, act_bits=(8,))
+    model = onnx.load_from_string(to_onnx(final, images))
+    with pytest.raises(AjpqError, match="could not run it"):
+        seen(model.SerializeToString(), final, [(images.repeat(1, 2, 1, 1), torch.zeros(8))], CLASSIFICATION)
+    model.graph.node[0].op_type = "NoSuchOperation"
+    with pytest.raises(AjpqError, match="could not load it") as error:
+        seen(model.SerializeToString(), final, [(images, torch.zeros(8))], CLASSIFICATION)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("ran", [True, False])
+def test_the_table_says_what_was_seen(ran: bool) -> None:
+    onnx = {"bytes": 300, "original_bytes": 900, "timing": None, "metric": None, "agreement": None, "failed": "no"}
+    if ran:
+        onnx |= {"metric": 0.8765, "agreement": 0.9972, "answer": "class", "images": 1000}
+    report = {
+        "metric": "accuracy", "metrics": {"original": 0.9, "searched": 0.7, "final": 0.88}, "onnx": onnx,
+        "bytes": {"original": 1000, "claimed": 100, "on_disk": 99}, "costs": {}, "budget": {}, "differences": {},
+        "seconds": {}, "evaluations": 3,
+    }  # fmt: skip
+    console = Console(width=80)
+    with console.capture() as captured:
+        show(report, console)
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in captured.get().splitlines() if "│" in line]
+    seen_rows = [row for row in rows if "model.onnx (test)" in row[0] or "packed" in row[0]]
+    assert seen_rows == ran * [
+        ["accuracy of model.onnx (test)", "0.9000", "0.8765", "", ""],
+        ["same class as packed, of 1,000", "", "0.9972", "", ""],
+    ]
+    assert any(row[0] == "bytes of model.onnx, int8" for row in rows)

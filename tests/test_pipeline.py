@@ -78,6 +78,7 @@ def test_report_has_what_is_promised_and_adds_up(job):
     assert report["bytes"]["on_disk"] <= report["bytes"]["claimed"]
     assert report["onnx"]["bytes"] == (folder / "model.onnx").stat().st_size < report["onnx"]["original_bytes"] / 3
     assert report["onnx"]["metric"] == pytest.approx(report["metrics"]["final"], abs=0.03)
+    assert report["onnx"]["agreement"] >= 0.99 and report["onnx"]["images"] == 360 and "same class as packed" in out
     assert report["evaluations"] == 12 == len((folder / "evaluations.jsonl").read_text().splitlines())
     assert {"train", "search", "fine-tune", "ship", "test"} <= set(report["seconds"])
     assert report["seed"] == 0 and torch.__version__.startswith(report["versions"]["torch"])

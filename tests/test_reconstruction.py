@@ -176,7 +176,7 @@ def test_neither_the_original_nor_the_images_are_touched_and_it_repeats():
     goals, found = Goals(network, data), []
     for given in (None, goals, goals):
         student = compress(network, policy, calibrate(network, data)).train()
-        reconstruct(student, network, policy, data, given)
+        reconstruct(student, network, policy, data, goals=given)
         assert not any(module.training for module in student.modules())
         found.append(student.state_dict())
     assert all(torch.equal(t, before[name]) for name, t in network.module.state_dict().items())
@@ -221,3 +221,17 @@ def test_a_score_may_be_that_of_the_reconstructed_network():
     assert local.measure(policy).divergence == pytest.approx(divergence, rel=1e-4)
     plain = Local(replace(setting, correction="least_squares"), workers=1).measure(policy)
     assert local.measure(policy).divergence < plain.divergence
+
+
+def test_a_loader_that_draws_others_next_time_is_read_once():
+    class Drawn:
+        def __iter__(self):
+            while True:
+                yield torch.randn(8, 3, 8, 8), torch.zeros(8, dtype=torch.long)
+
+    network = chain()
+    policy = CompressionPolicy.homogeneous(network)
+    student = compress(network, policy)
+    reconstruct(student, network, policy, Drawn(), images=60)
+    x = torch.randn(20, 3, 8, 8)
+    assert distance(student, network.module, x) < 1e-3 * float(network.module(x).var())

@@ -42,7 +42,7 @@ class Reference:
         data, how = self.setting.norm_data, self.setting.correction
         if how == "reconstruction":
             self._goals = self._goals or Goals(original, data)  # the same for every policy
-            reconstruct(student, original, policy, data, self._goals)
+            reconstruct(student, original, policy, data, None, self._goals)
         else:
             correct(student, original, policy, data, how)
 
