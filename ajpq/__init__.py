@@ -19,7 +19,7 @@ _HOME = {
     "reconstruct": "reconstruction",
     "freeze": "compression", "shrink": "surgery", "Size": "cost", "MACs": "cost", "BOPs": "cost", "UniqBOPs": "cost",
     "finetune": "finetuning", "fit": "training", "accuracy": "training", "recalibrate": "training",
-    "ship": "shipping", "load": "shipping",
+    "ship": "shipping", "load": "shipping", "pad": "padding",
     "load_weights": "checkpoint", "save_weights": "checkpoint",
 }  # fmt: skip
 __all__ = sorted(_HOME)

@@ -7,10 +7,8 @@ solution that, from what it reads now, gives what the original gave, and are the
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
@@ -18,31 +16,26 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ajpq import quantize
 from ajpq.compensation import round_compensated
-from ajpq.data import Batches, take
-from ajpq.errors import AjpqError
+from ajpq.data import Batches
+from ajpq.goals import Goals, Stages, called, rows_of
 from ajpq.layers import Geometry, QuantLayer
-from ajpq.matching import matched
 from ajpq.network import Network
 from ajpq.policy import CompressionPolicy
 from ajpq.quantize import FLOAT
 
 LARGEST = 8192  # weights of a kernel: a layer with larger ones stays as it is, for its moments would fill the memory
-SAMPLES = 8192  # output positions that a layer is fitted to, at least
 RIDGE = 0.01  # of the mean second moment: how far the solution is pulled to the weights as they were
-
 NOISE = 1e-5  # of the same: what sums of float32 products may be wrong by
 
 
 @torch.no_grad()
 def reconstruct(
-    student: fx.GraphModule, original: Network, policy: CompressionPolicy, batches: Batches, images: int | None = 400,
-    goals: Goals | None = None,
-) -> None:  # fmt: skip
+    student: fx.GraphModule, original: Network, policy: CompressionPolicy, batches: Batches, images: int | None = 400
+) -> None:
     """Set weights, biases, step sizes and batch-norms of a compressed network to come close to the original, in place.
 
     student: of `compress`, with the same policy; it ends in eval mode. batches: (x, y) of training images, of which
-    the first `images` count (None: all); their activations are held in memory, those of one or two nodes of the graph
-    at a time. goals: of the original on the same batches, for callers that have them already.
+    the first `images` count (None: all), fewer where their activations would take more than `goals.MEMORY`.
 
     Layers are taken in the order of the graph, each as what comes before it has become: least squares as in He et al.
     (2017, arXiv 1707.06168, eq. 5) and AMC (2018, arXiv 1802.03494), here for convolutions of any kernel and groups,
@@ -50,15 +43,19 @@ def reconstruct(
     matched as in `matching.match`, on the same output positions. A module that runs more than once stays as it is, and
     so does a layer whose kernels have more than 8,192 weights. Raises AjpqError if there is no image.
     """
+    solve(student, original, policy, Goals(original, batches, images))
+
+
+@torch.no_grad()
+def solve(student: fx.GraphModule, original: Network, policy: CompressionPolicy, goals: Goals) -> None:
+    """`reconstruct` for callers that need the goals of the original for many policies."""
     student.eval()
     device = next((p.device for p in student.parameters()), torch.device("cpu"))
-    batches = list(batches if images is None else take(batches, images))  # a loader may draw others next time
-    goals = goals or Goals(original, batches)
-    alive, calls = policy.alive(original), Counter(map(_called, student.graph.nodes))
+    alive, calls = policy.alive(original), Counter(map(called, student.graph.nodes))
     follows = {norm.folds_into for norm in original.norms}
-    stages = _Stages(student, [x.to(device, memory_format=_order(x)) for x, *_ in batches])
+    stages = Stages(student, [x.to(device) for x in goals.images])
     for node in stages:
-        name = _called(node)
+        name = called(node)
         if name not in goals.channels or calls[name] > 1:
             continue
         module, inputs = student.get_submodule(name), stages.values(node.all_input_nodes[0])
@@ -67,74 +64,6 @@ def reconstruct(
             _match(module, inputs, known)
         elif isinstance(module, QuantLayer | nn.Conv2d | nn.Linear) and module.weight[0].numel() <= LARGEST:
             _solve(module, inputs, known, centred=module.bias is not None or name in follows)
-
-
-class Goals:
-    """What layers and batch-norms of the original put out for `batches`, each at some positions.
-
-    The positions are drawn for every batch and module: 8,192 images and positions in all, or twice the weights of a
-    kernel, or all there are. Raises AjpqError if there is no image.
-    """
-
-    @torch.no_grad()
-    def __init__(self, original: Network, batches: Batches, seed: int = 0) -> None:
-        calls = Counter(map(_called, original.module.graph.nodes))
-        self.channels = {layer.name: layer.writes for layer in original.layers} | matched(original)  # (C,) each
-        self.channels = {name: channels for name, channels in self.channels.items() if calls[name] == 1}
-        self._found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.channels}
-        self._random, self._count = torch.Generator().manual_seed(seed), sum(len(x) for x, *_ in batches)
-        if not self._count:
-            raise AjpqError("Reconstruction needs at least one image, but there is none: check the calibration split.")
-        handles = [original.module.get_submodule(n).register_forward_hook(self._hook(n)) for n in self.channels]
-        device = next((p.device for p in original.module.parameters()), torch.device("cpu"))
-        try:
-            for x, *_ in batches:
-                original.module(x.to(device, memory_format=_order(x)))
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def of(self, name: str, alive: np.ndarray, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-        """Of every batch the positions, int64 (p,), rows of the output one after another, and the surviving outputs
-        there, (N, p, c)."""
-        rows = torch.from_numpy(alive[self.channels[name]].nonzero()[0])
-        return [(at.to(device), y[:, :, rows.to(y.device)].to(device)) for at, y in self._found[name]]
-
-    def _hook(self, name: str):
-        def keep(module: nn.Module, args: Any, y: Tensor) -> None:
-            linear, norm = isinstance(module, nn.Linear), isinstance(module, _BatchNorm)
-            flat = y.reshape(len(y), -1, y.shape[-1]) if linear else _rows(y)  # (N, positions, C)
-            samples = SAMPLES if norm else max(SAMPLES, 2 * module.weight[0].numel())
-            wanted = min(-(-samples // self._count), flat.shape[1])
-            at = torch.randperm(flat.shape[1], generator=self._random)[:wanted].sort().values
-            self._found[name].append((at, flat[:, at.to(y.device)]))
-
-        return keep
-
-
-class _Stages:
-    """Runs all batches through a graph node by node: iterating gives every node before it runs."""
-
-    def __init__(self, network: fx.GraphModule, images: list[Tensor]) -> None:
-        self.interpreter, self.nodes = fx.Interpreter(network), list(network.graph.nodes)
-        self.environments: list[dict[fx.Node, Any]] = [{} for _ in images]
-        self.images = images
-
-    def values(self, node: fx.Node) -> list[Any]:
-        return [environment[node] for environment in self.environments]
-
-    def __iter__(self) -> Iterator[fx.Node]:
-        last = {read: node for node in self.nodes for read in node.all_input_nodes}
-        for node in self.nodes:
-            if node.op == "output":
-                return
-            yield node
-            for x, environment in zip(self.images, self.environments, strict=True):
-                self.interpreter.env = environment
-                environment[node] = x if node.op == "placeholder" else self.interpreter.run_node(node)
-                for read in node.all_input_nodes:
-                    if last[read] is node:
-                        del environment[read]
 
 
 def _solve(layer: nn.Module, inputs: list[Tensor], goals: list[tuple[Tensor, Tensor]], centred: bool) -> None:
@@ -195,7 +124,9 @@ def patches(x: Tensor, geometry: Geometry, kernel: Iterable[int], at: Tensor) ->
 
 def _match(norm: _BatchNorm, inputs: list[Tensor], goals: list[tuple[Tensor, Tensor]]) -> None:
     """Statistics, gain and shift of a batch-norm: the least squares fit of its output to that of the original."""
-    x = torch.cat([_rows(x)[:, at].flatten(0, 1) for x, (at, _) in zip(inputs, goals, strict=True)]).double()  # (n, C)
+    x = torch.cat(
+        [rows_of(x)[:, at].flatten(0, 1) for x, (at, _) in zip(inputs, goals, strict=True)]
+    ).double()  # (n, C)
     goal = torch.cat([y.flatten(0, 1) for _, y in goals]).double()
     var, mean = torch.var_mean(x, 0)
     u = (x - mean) * (var + norm.eps).rsqrt()
@@ -204,18 +135,3 @@ def _match(norm: _BatchNorm, inputs: list[Tensor], goals: list[tuple[Tensor, Ten
     norm.running_mean.copy_(mean)
     norm.running_var.copy_(var)
     norm.weight, norm.bias, norm.affine = nn.Parameter(gain.float()), nn.Parameter(shift.float()), True
-
-
-def _order(x: Tensor) -> torch.memory_format:
-    """The order of memory that convolutions are fastest in."""
-    return torch.channels_last if x.ndim == 4 else torch.contiguous_format
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(N, C, ...) -> (N, positions, C)."""
-    return x.flatten(2).mT if x.ndim > 2 else x[:, None]
-
-
-def _called(node: fx.Node) -> str:
-    """The module that a node calls, or nothing."""
-    return str(node.target) if node.op == "call_module" else ""

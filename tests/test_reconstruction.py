@@ -10,16 +10,18 @@ from nets import batches_of, conv, network_of, random_policy, traced
 from torch import nn
 from torch.nn import functional as F
 
+from ajpq import goals as goaling
 from ajpq import quantize, reconstruction
 from ajpq.calibration import calibrate
 from ajpq.compensation import round_compensated
 from ajpq.compression import compress, freeze
 from ajpq.correction import correct
 from ajpq.errors import AjpqError
+from ajpq.goals import Goals
 from ajpq.layers import Geometry
 from ajpq.matching import match
 from ajpq.policy import CompressionPolicy
-from ajpq.reconstruction import Goals, patches, reconstruct
+from ajpq.reconstruction import patches, reconstruct, solve
 from ajpq.scoring.local import Local
 from ajpq.scoring.setting import Setting
 
@@ -176,7 +178,7 @@ def test_neither_the_original_nor_the_images_are_touched_and_it_repeats():
     goals, found = Goals(network, data), []
     for given in (None, goals, goals):
         student = compress(network, policy, calibrate(network, data)).train()
-        reconstruct(student, network, policy, data, goals=given)
+        solve(student, network, policy, given) if given else reconstruct(student, network, policy, data)
         assert not any(module.training for module in student.modules())
         found.append(student.state_dict())
     assert all(torch.equal(t, before[name]) for name, t in network.module.state_dict().items())
@@ -235,3 +237,14 @@ def test_a_loader_that_draws_others_next_time_is_read_once():
     reconstruct(student, network, policy, Drawn(), images=60)
     x = torch.randn(20, 3, 8, 8)
     assert distance(student, network.module, x) < 1e-3 * float(network.module(x).var())
+
+
+def test_no_more_images_than_fit_into_the_memory(monkeypatch):
+    network = chain()
+    data = batches_of(network, 3, 16)
+    assert [len(x) for x in Goals(network, data, 40).images] == [16, 16, 8]
+    assert [len(x) for x in Goals(network, data, None).images] == [16, 16, 16]
+    monkeypatch.setattr(goaling, "MEMORY", 20 * 4 * 8 * 8 * 16)  # 20 images of the largest value
+    assert sum(len(x) for x in Goals(network, data).images) == 20
+    monkeypatch.setattr(goaling, "MEMORY", 1)
+    assert sum(len(x) for x in Goals(network, data).images) == 1

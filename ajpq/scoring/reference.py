@@ -10,9 +10,10 @@ from torch import Tensor, fx
 from ajpq.bank import WeightBank
 from ajpq.compression import compress
 from ajpq.correction import correct
+from ajpq.goals import Goals
 from ajpq.network import Network
 from ajpq.policy import CompressionPolicy
-from ajpq.reconstruction import Goals, reconstruct
+from ajpq.reconstruction import solve
 from ajpq.scoring.setting import Measured, Setting
 from ajpq.scoring.tally import exact, summed, tally
 
@@ -41,8 +42,8 @@ class Reference:
     def _correct(self, student: fx.GraphModule, original: Network, policy: CompressionPolicy) -> None:
         data, how = self.setting.norm_data, self.setting.correction
         if how == "reconstruction":
-            self._goals = self._goals or Goals(original, data)  # the same for every policy
-            reconstruct(student, original, policy, data, None, self._goals)
+            self._goals = self._goals or Goals(original, data, None)  # the same for every policy
+            solve(student, original, policy, self._goals)
         else:
             correct(student, original, policy, data, how)
 
