@@ -104,14 +104,14 @@ def _affordable(module: fx.GraphModule, batches: Batches, images: int | None) ->
             left = most if left is None else min(left, most)
         if left <= 0:
             break
-        found.append(x[:left].to(device, memory_format=_order(x)))
+        found.append(x[:left].to(device, memory_format=order_of(x)))
         left -= len(x)
     if not sum(map(len, found)):
         raise AjpqError("Reconstruction needs at least one image, but there is none: check the calibration split.")
     return found
 
 
-def _order(x: Tensor) -> torch.memory_format:
+def order_of(x: Tensor) -> torch.memory_format:
     """The order of memory that convolutions are fastest in."""
     return torch.channels_last if x.ndim == 4 else torch.contiguous_format
 
