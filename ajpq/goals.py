@@ -17,7 +17,7 @@ from ajpq.errors import AjpqError
 from ajpq.matching import matched
 from ajpq.network import Network
 
-SAMPLES = 8192  # output positions that a layer is fitted to, at least
+LEAST, MOST = 2048, 8192  # see `samples_of`
 MEMORY = 2**31  # bytes for the activations of all images together, from one node to the next
 
 
@@ -25,8 +25,8 @@ class Goals:
     """What layers and batch-norms of the original put out for the first images of `batches`, each at some positions.
 
     images: the images themselves, (N, C, H, W) of every batch. channels: of every module that has goals, int64 (C,).
-    The positions are drawn for every batch and module: 8,192 images and positions in all, or twice the weights of a
-    kernel, or all there are. Raises AjpqError if there is no image.
+    The positions are drawn for every batch and module, as many in all as `samples_of` says, or all there are. Raises
+    AjpqError if there is no image.
     """
 
     @torch.no_grad()
@@ -55,12 +55,18 @@ class Goals:
         def keep(module: nn.Module, args: Any, y: Tensor) -> None:
             linear, norm = isinstance(module, nn.Linear), isinstance(module, _BatchNorm)
             flat = y.reshape(len(y), -1, y.shape[-1]) if linear else rows_of(y)  # (N, positions, C)
-            samples = SAMPLES if norm else max(SAMPLES, 2 * module.weight[0].numel())
+            samples = samples_of(1 if norm else module.weight[0].numel())
             wanted = min(-(-samples // self._count), flat.shape[1])
             at = torch.randperm(flat.shape[1], generator=self._random)[:wanted].sort().values
             self._found[name].append((at, flat[:, at.to(y.device)]))
 
         return keep
+
+
+def samples_of(weights: int) -> int:
+    """Images times output positions that a kernel of so many weights is fitted to: 16 per weight between 2,048 and
+    8,192, and at least 2. Our choice."""
+    return max(LEAST, min(MOST, 16 * weights), 2 * weights)
 
 
 class Stages:
