@@ -108,7 +108,7 @@ def _greedily(
 def _price_of_lowering(account: Account, costs: np.ndarray, loss: float) -> float:
     """Sensitivity per part of the broken budgets that is saved."""
     saved = float((-costs / account.budget.caps)[account.total > account.budget.caps].sum())
-    return loss / saved if saved > 0 else np.inf
+    return loss / max(saved, 1e-12)  # what saves nothing goes last, the least sensitive first
 
 
 def _price_of_raising(account: Account, costs: np.ndarray, loss: float) -> float | None:

@@ -18,8 +18,10 @@ The table has the time of every layer, alone, at some numbers of input channels 
   are scaled down. So both whole networks are predicted as measured, but for layers where int8 is slower. The empty run
   is paid once, with the first layer.
 - Between the points the prediction is bilinear, below the smallest it is constant.
-- Runtimes compute in blocks of channels, so a number that is no multiple of 8 may take longer than predicted: search
-  with `choices.round_to=8`, or 16 on AVX-512. What lies between an int8 and a float32 layer is not predicted.
+- Runtimes compute in blocks of channels, and model.onnx is padded to multiples (`ajpq.padding`), so kernels and inputs
+  are looked up at the multiples that they are padded to; the gradient is that of the unpadded numbers. A layer that
+  reads or writes several spaces is taken as if these were one, so it may have some more channels than predicted.
+- What lies between an int8 and a float32 layer is not predicted.
 - A layer that keeps no kernel is skipped and takes no time, but for the first, which carries the empty run.
 - A layer is int8 if all its kernels and its input have 8 bits or fewer; expected widths between 8 and 32 lie between.
 """
@@ -42,11 +44,13 @@ from ajpq.errors import AjpqError
 from ajpq.files import write_text
 from ajpq.network import LayerSpec, Network
 from ajpq.one_layer import PRECISIONS, Point, Shape, calls_of
+from ajpq.padding import check_multiple, padded
 from ajpq.quantize import FLOAT
 from ajpq.timing import Device, runner
 
 VERSION = 1
 INT8 = 8  # bits that an int8 layer has at most
+BLOCK = 16  # channels that processors with AVX-512 compute together
 EMPTY, WHOLE = "empty", {name: f"whole {name}" for name in PRECISIONS}  # keys of times beside those of points
 _FACTS = ("kind", "c_in", "c_out", "groups", "kernel", "stride", "out_hw", "positions")
 
@@ -179,8 +183,8 @@ def _shape(call: Mapping[str, Any]) -> Shape:
 
 def layer_grids(network: Network, fractions: Sequence[float]) -> list[LayerGrid]:
     """Where every layer is to be measured: at these fractions of its channels, as far as they can be pruned, rounded to
-    multiples of 8 (and of the groups of a grouped convolution for its kernels). Raises AjpqError for fractions out of
-    (0, 1]."""
+    multiples of 16, as model.onnx is padded (`ajpq.padding`), or of 8 below 32 channels; a grouped convolution has as
+    many kernels in every group. Raises AjpqError for fractions out of (0, 1]."""
     if not fractions or not all(0 < f <= 1 for f in fractions):
         raise AjpqError(
             f"fractions must be at least one number in (0, 1], but they are {list(fractions)}; write "
@@ -192,13 +196,14 @@ def layer_grids(network: Network, fractions: Sequence[float]) -> list[LayerGrid]
         step = layer.c_out // layer.c_in if depthwise else layer.groups
         some, all_of_it = list(fractions), [1.0]
         going, coming = (network.prunable[channels].any() for channels in (layer.writes, layer.reads))
-        inputs = [1] if depthwise else _axis(layer.c_in // layer.groups, some if coming else all_of_it, 8)
-        outputs = _axis(layer.c_out, some if going else all_of_it, int(np.lcm(8, step)))
+        inputs = [1] if depthwise else _axis(layer.c_in // layer.groups, some if coming else all_of_it)
+        outputs = _axis(layer.c_out, some if going else all_of_it, step)
         found.append(LayerGrid(layer.name, facts_of(layer), calls[layer.name], inputs, outputs))
     return found
 
 
-def _axis(size: int, fractions: Sequence[float], step: int) -> list[int]:
+def _axis(size: int, fractions: Sequence[float], groups: int = 1) -> list[int]:
+    step = BLOCK * groups if size >= 2 * BLOCK * groups else int(np.lcm(BLOCK // 2, groups))
     rounded = {max(step, round(f * size / step) * step) for f in fractions if f < 1}
     return sorted({n for n in rounded if n < size} | {size})
 
@@ -208,19 +213,22 @@ class LatencyTableCost:
 
     path: a table that `ajpq-profile table=...` wrote. device: the processor that the table may be of, where it is
         another than this one, as the table names it; without it processor, runtime and version must be those of here.
+    multiple: of channels, which model.onnx is padded to; 1 = as they are.
     Raises AjpqError for a table of another device, and when asked about a network that it was not made for.
     """
 
     unit = "ms"
 
-    def __init__(self, path: str | Path, device: str | None = None) -> None:
-        self.path, self.table = path, LatencyTable.read(path)
+    def __init__(self, path: str | Path, device: str | None = None, multiple: int = 16) -> None:
+        check_multiple(multiple)
+        self.path, self.table, self.multiple = path, LatencyTable.read(path), multiple
         _check_device(self.path, self.table.device, device)
         self._layers = {layer.name: layer for layer in self.table.layers}
         self._axes = {
             layer.name: tuple(torch.tensor(axis, dtype=torch.float64) for axis in (layer.inputs, layer.outputs))
             for layer in self.table.layers
         }
+        self._copies: dict[str, tuple[int, int]] = {}
         self._grids = {name: torch.from_numpy(grid.copy()) for name, grid in self.table.grids.items()}
 
     def __call__(self, loads: Sequence[Load]) -> Tensor:
@@ -229,14 +237,29 @@ class LatencyTableCost:
 
     def _layer(self, load: Load) -> Tensor:
         self._check(load)
-        name = load.layer.name
-        (i, u), (j, v) = map(_place, self._axes[name], (load.inputs, load.kept.sum()))
-        cell = self._grids[name][:, i : i + 2, j : j + 2]
-        rows = cell[:, 0] + u * (cell[:, -1] - cell[:, 0])
-        real, int8 = rows[:, 0] + v * (rows[:, -1] - rows[:, 0])
+        inputs, outputs = load.inputs, load.kept.sum()
+        found = self._at(load.layer.name, inputs, outputs)
+        there = self._at(load.layer.name, *self._padded(load.layer, inputs.item(), outputs.item()))
+        real, int8 = found + (there - found).detach()  # straight through
         kernels = (load.kept * _above(load.weight_bits)).amax()
         taken = int8 + torch.maximum(kernels, _above(load.act_bits)) * (real - int8)
         return taken if load.first else load.kept.sum().clamp(max=1) * taken
+
+    def _at(self, name: str, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """ms in float32 and in int8, (2,)."""
+        (i, u), (j, v) = map(_place, self._axes[name], (inputs, outputs))
+        cell = self._grids[name][:, i : i + 2, j : j + 2]
+        rows = cell[:, 0] + u * (cell[:, -1] - cell[:, 0])
+        return rows[:, 0] + v * (rows[:, -1] - rows[:, 0])
+
+    def _padded(self, layer: LayerSpec, inputs: float, outputs: float) -> list[Tensor]:
+        """Inputs and kernels of model.onnx, of which a layer may have several for every channel."""
+        reads, writes = layer.inputs_of_a_kernel, layer.writes
+        if layer.name not in self._copies:
+            self._copies[layer.name] = tuple(len(ids) // len(np.unique(ids)) for ids in (reads, writes))
+        sizes = zip((inputs, outputs), (reads, writes), self._copies[layer.name], strict=True)
+        found = [n * padded(value / n, len(ids) / n, self.multiple) for value, ids, n in sizes]
+        return [torch.tensor(value, dtype=torch.float64) for value in found]
 
     def _check(self, load: Load) -> None:
         layer, known = load.layer, self._layers.get(load.layer.name)

@@ -24,6 +24,8 @@ from ajpq.finetuning import finetune
 from ajpq.onnx_check import seen
 from ajpq.onnx_export import FILE as ONNX
 from ajpq.onnx_export import float_onnx
+from ajpq.padding import check_multiple, pad
+from ajpq.policy import CompressionPolicy
 from ajpq.preparing import Prepared, epochs, prepare
 from ajpq.problem import SearchBackend, SearchResult
 from ajpq.record import RECORD
@@ -51,6 +53,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
     screen = Screen()
     backend = instantiate(cfg.search, _convert_="all")  # its errors come before anything is spent
     check_timing(cfg.timing)
+    check_multiple(cfg.onnx_multiple)
     _check_folder(folder, resumed=cfg.resume is not None)
     job = prepare(cfg, folder, screen)
     data, model, network, problem = job.data, job.model, job.network, job.problem
@@ -85,7 +88,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
         recalibrate(student, data.calibration)
         ship(freeze(student), folder)
         raise
-    path, onnx = _shipped(cfg, job, final, folder, screen)
+    path, onnx = _shipped(cfg, job, result.policy, final, folder, screen)
     loaded = load(path)
     with screen.stage("test"):
         found, values = {}, {}
@@ -124,7 +127,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
 
 
 def _shipped(
-    cfg: DictConfig, job: Prepared, final: fx.GraphModule, folder: Path, screen: Screen
+    cfg: DictConfig, job: Prepared, policy: CompressionPolicy, final: fx.GraphModule, folder: Path, screen: Screen
 ) -> tuple[Path, dict[str, Any] | None]:
     """The packed file, and what is to be told of model.onnx; None without one."""
     with screen.stage("ship"):
@@ -132,7 +135,7 @@ def _shipped(
             return ship(final, folder), None
         images = torch.cat([x for x, *_ in take(job.data.calibration, ONNX_IMAGES)])
         try:
-            path = ship(final, folder, images=images)
+            path = ship(final, folder, images=images, onnx=pad(final, job.network, policy, cfg.onnx_multiple))
             shipped, original = (folder / ONNX).read_bytes(), float_onnx(job.original.module, images)
         except AjpqError as error:
             screen.say(str(error))

@@ -23,7 +23,7 @@ from ajpq.network import Network
 from ajpq.policy import CompressionPolicy
 from ajpq.quantize import FLOAT
 
-LARGEST = 8192  # weights of a kernel: a layer with larger ones stays as it is, for its moments would fill the memory
+LARGEST = 4608  # weights of a kernel, 3 x 3 x 512: layers with larger ones stay, for their moments fill the memory
 RIDGE = 0.01  # of the mean second moment: how far the solution is pulled to the weights as they were
 NOISE = 1e-5  # of the same: what sums of float32 products may be wrong by
 
@@ -41,7 +41,8 @@ def reconstruct(
     (2017, arXiv 1707.06168, eq. 5) and AMC (2018, arXiv 1802.03494), here for convolutions of any kernel and groups,
     with a ridge towards the weights as they were; step sizes are fitted anew, then `round_compensated`. Batch-norms are
     matched as in `matching.match`, on the same output positions. A module that runs more than once stays as it is, and
-    so does a layer whose kernels have more than 8,192 weights. Raises AjpqError if there is no image.
+    so does a layer whose kernels have more than 4,608 weights, or whose inputs are not finite. Raises AjpqError if
+    there is no image.
     """
     solve(student, original, policy, Goals(original, batches, images))
 
@@ -92,7 +93,9 @@ def _solve(layer: nn.Module, inputs: list[Tensor], goals: list[tuple[Tensor, Ten
         xx, xy = xx - x_mean[:, :, None] * x_mean[:, None], xy - x_mean[:, :, None] * y_mean[:, None]
     pull = RIDGE * xx.diagonal(dim1=1, dim2=2).mean(1).clamp(min=0) + floor
     gram = xx + pull[:, None, None] * torch.eye(n, dtype=xx.dtype, device=xx.device)
-    factor = torch.linalg.cholesky(gram)
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if failed.any() or not xy.isfinite().all():
+        return
     w = torch.cholesky_solve(xy + pull[:, None, None] * w.mT, factor).mT  # (G, K, n)
     if isinstance(layer, QuantLayer):
         solved = w.reshape(weight.shape).float()

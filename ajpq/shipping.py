@@ -98,18 +98,21 @@ def ship(
     folder: str | Path,
     extra: Mapping[str, Any] | None = None,
     images: Tensor | None = None,
+    onnx: fx.GraphModule | None = None,
 ) -> Path:
     """Write a finished network to `folder`/model.safetensors, at once or not at all. Returns that path.
 
     images (n, C, H, W): training images; with them an int8 model.onnx is written beside it (see `ajpq.onnx_export`). An
-    older model.onnx goes away in any case. Raises AjpqError if ONNX lacks an operation; the packed file is kept.
+    older model.onnx goes away in any case. onnx: what model.onnx is made of, if not of `network`: the same network
+    with channels in whole blocks, from `padding.pad`. Raises AjpqError if ONNX lacks an operation; the packed file is
+    kept.
     """
     path = _write(to_bytes(pack(network, extra)), Path(folder))
-    onnx = path.with_name(ONNX)
-    onnx.unlink(missing_ok=True)
+    beside = path.with_name(ONNX)
+    beside.unlink(missing_ok=True)
     if images is not None:
-        model = to_onnx(network, images)
-        with replacing(onnx) as partial:
+        model = to_onnx(network if onnx is None else onnx, images)
+        with replacing(beside) as partial:
             partial.write_bytes(model)
     return path
 

@@ -4,10 +4,11 @@
     python benchmarks/latency.py --out FOLDER --networks digits_cnn --policies 2 --seconds 0.02 --rounds 10
 
 Builds the table of every network in FOLDER, or takes it from there, then measures random policies on the same runtime,
-each in turns with the original. A policy prunes every space to a random multiple of `--round` channels and leaves a
-random share of its layers in float32; the others have 8 bits, as fewer take the same time. Of every predictor it prints
-the Spearman correlation with the measured milliseconds and the median relative error of the predicted ratio to the
-original; for the table also the error of its milliseconds. FOLDER/NETWORK.jsonl has a line per policy; a run goes on.
+each padded as model.onnx is and in turns with the original. A policy prunes every space to a random number of channels
+and leaves a random share of its layers in float32; the others have 8 bits, as fewer take the same time. Of every
+predictor it prints the Spearman correlation with the measured milliseconds and the median relative error of the
+predicted ratio to the original; for the table also the error of its milliseconds. FOLDER/NETWORK.jsonl has a line per
+policy; a run goes on.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from ajpq.latency import LatencyTableCost
 from ajpq.latency_points import Builder
 from ajpq.network import Network
 from ajpq.onnx_export import float_onnx, to_onnx
+from ajpq.padding import pad
 from ajpq.policy import CompressionPolicy
 from ajpq.timing import Subject, interleaved, runner
 from ajpq.tracing import trace
@@ -75,7 +77,11 @@ def study(name: str, args: argparse.Namespace) -> None:
             builder.measure(key)
             advance(done, "")
     builder.finish()
-    predictors: dict[str, CostModel] = {"table": LatencyTableCost(path), "MACs": MACs(), "BOPs": BOPs()}
+    predictors: dict[str, CostModel] = {
+        "table": LatencyTableCost(path, multiple=args.multiple),
+        "MACs": MACs(),
+        "BOPs": BOPs(),
+    }
     ranges = calibrate(network, [(noise(shape, 8), None)])
     whole = CompressionPolicy.homogeneous(network)
     original = device.start(Subject(images.numpy(), float_onnx(network.module, images)))
@@ -83,7 +89,8 @@ def study(name: str, args: argparse.Namespace) -> None:
     rows = [json.loads(line) for line in record.read_text().splitlines()] if record.is_file() else []
     for seed in range(len(rows), args.policies):
         policy = drawn(network, np.random.default_rng(seed), args.round)
-        model = to_onnx(freeze(compress(network, policy, ranges)), noise(shape, 8))
+        final = pad(freeze(compress(network, policy, ranges)), network, policy, args.multiple)
+        model = to_onnx(final, noise(shape, 8))
         runs = {"original": original, "candidate": device.start(Subject(images.numpy(), model))}
         found = interleaved(runs, args.rounds)
         row = {key: times.median / args.batch for key, times in found.items()}
@@ -119,7 +126,8 @@ if __name__ == "__main__":
     parser.add_argument("--runtime", default="onnxruntime")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--round", type=int, default=8, help="channels are kept in multiples of this")
+    parser.add_argument("--round", type=int, default=1, help="channels are kept in multiples of this")
+    parser.add_argument("--multiple", type=int, default=16, help="and padded to multiples of this, as for model.onnx")
     parser.add_argument("--seconds", type=float, default=0.1, help="for a point of a table")
     parser.add_argument("--rounds", type=int, default=40, help="of every policy")
     arguments = parser.parse_args()

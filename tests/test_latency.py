@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import hydra
@@ -27,6 +28,7 @@ from ajpq.latency_points import Builder
 from ajpq.network import Network
 from ajpq.one_layer import PRECISIONS, Point, Shape, model_of
 from ajpq.one_layer import images_of as inputs_of
+from ajpq.padding import padded_alive
 from ajpq.policy import CompressionPolicy
 from ajpq.testing import check_cost_model
 from ajpq.testing.problems import small_network
@@ -41,10 +43,11 @@ def rising(point: Point) -> float:
 
 
 def made(
-    network: Network, path: Path, ms: Callable[[Point], float] = rising, whole: float = 1.0, empty: float = 0.0
-) -> LatencyTable:
+    network: Network, path: Path, ms: Callable[[Point], float] = rising, whole: float = 1.0, empty: float = 0.0,
+    fractions: tuple[float, ...] = FRACTIONS,
+) -> LatencyTable:  # fmt: skip
     """A table whose times a formula gives. whole: time of a whole network over the sum of its layers'."""
-    layers = layer_grids(network, FRACTIONS)
+    layers = layer_grids(network, fractions)
     times = {EMPTY: (empty,) * 3}
     for precision, key in WHOLE.items():
         points = [p for layer in layers for row in layer.points(precision) for calls in row for p in calls]
@@ -85,8 +88,8 @@ def net() -> Network:
 
 def test_exact_at_grid_points_and_bilinear_between(net: Network, tmp_path: Path) -> None:
     table = made(net, tmp_path / "t.json")
-    cost, layer = LatencyTableCost(tmp_path / "t.json"), table.layers[1]
-    assert (list(layer.inputs), list(layer.outputs)) == ([8, 16], [8, 16, 32])
+    cost, layer = LatencyTableCost(tmp_path / "t.json", multiple=1), table.layers[1]
+    assert (list(layer.inputs), list(layer.outputs)) == ([8, 16], [16, 32])
     for p, bits in enumerate((32, 8)):
         for i in layer.inputs:
             for o in layer.outputs:
@@ -94,7 +97,41 @@ def test_exact_at_grid_points_and_bilinear_between(net: Network, tmp_path: Path)
                 assert cost([load(net, "b", i, o, bits, bits)]).item() == pytest.approx(told, rel=1e-12)
         between = rising(Point(layer.calls[0], 11, 27, PRECISIONS[p]))  # the formula is bilinear itself
         assert cost([load(net, "b", 11, 27, bits, bits)]).item() == pytest.approx(between, rel=1e-12)
-    assert cost([load(net, "b", 8, 8)]).item() == cost([load(net, "b", 2, 3)]).item(), "constant below the grid"
+    assert cost([load(net, "b", 8, 16)]).item() == cost([load(net, "b", 2, 3)]).item(), "constant below the grid"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "kept", "looked_up"),
+    [(8, 16, (16, 16)), (9, 17, (16, 32)), (7, 7, (8, 16)), (8.3, 16.4, (16, 32)), (16, 16 + 1e-9, (16, 16))],
+)
+def test_padded_network_is_predicted(inputs: float, kept: float, looked_up, net: Network, tmp_path: Path) -> None:
+    made(net, tmp_path / "t.json")
+    asked = load(net, "b", inputs, kept)
+    asked = replace(asked, kept=torch.full((32,), kept / 32, dtype=torch.float64))  # expected numbers have fractions
+    told = LatencyTableCost(tmp_path / "t.json")([asked]).item()
+    calls = LatencyTable.read(tmp_path / "t.json").layers[1].calls
+    assert told == pytest.approx(rising(Point(calls[0], *looked_up, "int8")), rel=1e-9)
+
+
+def test_layers_with_several_copies_of_a_channel_are_padded_by_channels(tmp_path: Path) -> None:
+    network = traced(
+        lambda m, x: m.e(m.d(m.a(x)).flatten(1)), a=nn.Conv2d(3, 48, 1), d=nn.Conv2d(48, 96, 7, groups=48),
+        e=nn.Linear(96 * 4, 9),
+    )  # fmt: skip
+    table, policy = made(network, tmp_path / "t.json"), random_policy(network, 0, 0.5, (8,), (8,))
+    cost, wide = LatencyTableCost(tmp_path / "t.json"), padded_alive(network, policy, 16)
+    kept = [int(alive[network.layers[0].writes].sum()) for alive in (policy.alive(network), wide)]
+    assert kept[0] % 16 and kept[1] == 32
+    points = [
+        Point(layer.calls[0], i, o, "int8") for layer, i, o in zip(table.layers, (3, 1, 256), (32, 64, 9), strict=True)
+    ]
+    assert cost(loads_of(network, policy)).tolist() == pytest.approx([rising(point) for point in points])
+
+
+def test_multiple_below_1_is_refused(net: Network, tmp_path: Path) -> None:
+    made(net, tmp_path / "t.json")
+    with pytest.raises(AjpqError, match="write onnx_multiple=16"):
+        LatencyTableCost(tmp_path / "t.json", multiple=0)
 
 
 @pytest.mark.parametrize("whole", [0.8, 1.0, 1.5])
@@ -129,7 +166,7 @@ def test_gradients_are_slopes(net: Network, tmp_path: Path) -> None:
     assert one.kept.grad.tolist() == pytest.approx([1e-3 * (12 + 3)] * 32)
     wide = load(net, "b", 12, 32, bits=20)
     cost([wide]).sum().backward()
-    assert wide.weight_bits.grad.sum().item() == pytest.approx(1e-3 * (5 + 15 * 32) / 24)
+    assert wide.weight_bits.grad.sum().item() == pytest.approx(1e-3 * (5 + (16 + 3) * 32) / 24)  # of 16 inputs
     check_differentiable("latency", cost, loads_of(net, CompressionPolicy.homogeneous(net)))
 
 
@@ -164,7 +201,7 @@ def test_grids_keep_to_multiples_and_groups() -> None:
     grids = {grid.name: (list(grid.inputs), list(grid.outputs)) for grid in layer_grids(network, [0.3, 0.5, 1])}
     assert grids["a"] == ([3], [8, 16, 24])
     assert grids["g"] == ([8], [24, 48])
-    assert grids["d"] == ([1], [32, 48, 96])
+    assert grids["d"] == ([1], [32, 64, 96]), "blocks of channels, of which each has two kernels"
     assert grids["e"] == ([32, 48, 96], [9]), "what cannot be pruned is measured whole"
 
 
@@ -239,8 +276,9 @@ def test_killed_build_measures_nothing_twice(net: Network, tmp_path: Path) -> No
 def test_finished_table_is_completed(net: Network, tmp_path: Path) -> None:
     made(net, tmp_path / "t.json")
     assert builder(net, tmp_path / "t.json", FRACTIONS).pending == []
-    more = builder(net, tmp_path / "t.json", (*FRACTIONS, 0.75)).pending
-    assert more and all("24" in key for key in more)
+    made(net, tmp_path / "u.json", fractions=(1.0,))
+    more = builder(net, tmp_path / "u.json", FRACTIONS).pending
+    assert len(more) == 2 * (1 + 3 + 1)
 
 
 def test_table_of_something_else_is_not_replaced(net: Network, tmp_path: Path) -> None:

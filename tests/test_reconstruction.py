@@ -248,3 +248,12 @@ def test_no_more_images_than_fit_into_the_memory(monkeypatch):
     assert sum(len(x) for x in Goals(network, data).images) == 20
     monkeypatch.setattr(goaling, "MEMORY", 1)
     assert sum(len(x) for x in Goals(network, data).images) == 1
+
+
+def test_a_layer_that_reads_no_numbers_stays():
+    network, policy = chain(), CompressionPolicy.homogeneous(chain(), 4, 8)
+    data = [(torch.full((8, 3, 8, 8), torch.nan), torch.zeros(8, dtype=torch.long))]
+    student = compress(network, policy, calibrate(network, batches_of(network, 1, 16)))
+    before = student.get_submodule("b").weight.detach().clone()
+    reconstruct(student, network, policy, data)
+    assert torch.equal(student.get_submodule("b").weight, before)
