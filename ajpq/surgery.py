@@ -17,7 +17,7 @@ from ajpq.network import LayerSpec, Network
 
 
 def shrink(network: Network, alive: np.ndarray, skipped: Skipped | None = None) -> fx.GraphModule:
-    """A float copy of the network without its dead channels, in eval mode.
+    """A float copy of the network without its dead channels, in eval mode; all its float parameters can learn.
 
     alive: bool (n_channels,). skipped: branches that go as a whole. Module names are those of the original; layers are
         plain Conv2d and Linear. Its outputs equal those of the original with every dead kernel, its bias and its norm
@@ -35,7 +35,11 @@ def shrink(network: Network, alive: np.ndarray, skipped: Skipped | None = None) 
         else:
             parts[name] = copy.deepcopy(module)
     graph = _Emitter(network, alive, skipped, parts).graph()
-    return fx.GraphModule(parts, graph, class_name="Compressed").eval()
+    parts |= {name: copy.deepcopy(part) for name, part in parts.items() if isinstance(part, Tensor)}
+    small = fx.GraphModule(parts, graph, class_name="Compressed").eval()
+    for parameter in small.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())  # the original is frozen
+    return small
 
 
 def smaller_graph(network: Network, alive: np.ndarray, skipped: Skipped) -> tuple[fx.Graph, dict[str, Tensor]]:

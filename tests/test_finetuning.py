@@ -1,8 +1,11 @@
 """Fine-tuning: widths that come down, features that come closer, clipping values, and an interrupt on the way."""
 
+import copy
+
+import onnxruntime
 import pytest
 import torch
-from nets import batches_of, model_of, network_of, random_policy
+from nets import batches_of, conv, model_of, network_of, random_policy, traced
 from torch import nn
 
 from ajpq import quantize
@@ -14,8 +17,11 @@ from ajpq.features import Features, survivors
 from ajpq.finetuning import finetune
 from ajpq.layers import ActQuant, Geometry, QuantLayer
 from ajpq.lowering import Lowering
+from ajpq.onnx_export import to_onnx
 from ajpq.pact import PactQuant, use_pact
+from ajpq.padding import pad
 from ajpq.recipe import check_settings
+from ajpq.shipping import load, ship
 from ajpq.training import fit
 
 NETWORK = network_of("digits_cnn")
@@ -184,6 +190,50 @@ def test_clipping_values_decay_and_step_sizes_do_not():
         x = torch.zeros(4, 3)
         fit(layer, [(x, torch.arange(4))], epochs=1, lr=0.1, momentum=0.0, weight_decay=0.5, warmup=0)
         assert layer.act.scale.item() == pytest.approx(100.0 * factor)
+
+
+# -- parameters of no layer -------------------------------------------------------------------------------------------
+
+
+def test_parameters_of_no_layer_learn_and_are_shipped(tmp_path):
+    network = traced(
+        lambda m, x: m.last(m.head(m.norm(m.slopes(m.b(m.slope(m.a(x))))).mul(m.gain).mean((2, 3)))),
+        a=conv(3, 32), slope=nn.PReLU(), b=conv(32, 12), slopes=nn.PReLU(12), norm=nn.GroupNorm(3, 12),
+        gain=nn.Parameter(torch.ones(12, 1, 1)), head=nn.Linear(12, 10), last=nn.LayerNorm(10),
+    )  # fmt: skip
+    others = ("slope.weight", "slopes.weight", "norm.weight", "norm.bias", "gain", "last.weight", "last.bias")
+    before = copy.deepcopy(network.module.state_dict())
+    batches, images = batches_of(network, count=3, size=16), batches_of(network, seed=9)[0][0]
+    policy = random_policy(network, 0, 0.4, (2, 4, 8), (8,))
+    net = compress(network, policy, calibrate(network, batches))
+    assert all(p.requires_grad for p in net.parameters())
+    final = finetune(net, batches, epochs=3, lr=0.05, teacher=network.module)
+    learned = net.state_dict()
+    for name in others:
+        assert (learned[name] != before[name]).all(), name
+        assert torch.equal(final.state_dict()[name], learned[name])
+    assert not any(p.requires_grad for p in (*network.module.parameters(), *final.parameters()))
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.module.state_dict().items())
+
+    ship(final, tmp_path)
+    again, wide = load(tmp_path), pad(final, network, policy, 16)
+    assert wide.a.codes.shape[0] > final.a.codes.shape[0]
+    with torch.no_grad():
+        told = final(images)
+        assert torch.equal(again(images), told)
+        torch.testing.assert_close(wide(images), told, rtol=1e-4, atol=1e-4)
+    for loaded in (again, wide):
+        assert all(torch.equal(loaded.state_dict()[name], learned[name]) for name in others)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    model = to_onnx(wide, batches[0][0])
+    (found,) = onnxruntime.InferenceSession(model, options).run(None, {"images": images.numpy()})
+    assert (torch.from_numpy(found) - told).abs().mean() < 0.02 * told.std()  # some codes turn
+    for name in others:  # the comparisons are about what was learned
+        reset = copy.deepcopy(final)
+        reset.load_state_dict({**reset.state_dict(), name: before[name]})
+        with torch.no_grad():
+            assert (reset(images) - told).abs().max() > 1e-3, name
 
 
 # -- together ---------------------------------------------------------------------------------------------------------

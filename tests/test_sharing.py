@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from nets import batches_of, network_of
+from nets import batches_of, conv, network_of, traced
+from torch import nn
 
 from ajpq.budget import Budget
 from ajpq.calibration import calibrate
@@ -68,6 +69,18 @@ def test_training_under_policies_makes_them_better_and_leaves_the_network_alone(
     twice = share(network, sampler(space, budget), data, data, steps=3, lr=0.05)
     assert all(torch.equal(a, b) for a, b in zip(again.module.parameters(), twice.module.parameters(), strict=True))
     assert compress(shared, CompressionPolicy.homogeneous(network, 2, 8), calibrate(shared, data))(x).isfinite().all()
+
+
+def test_parameters_of_no_layer_are_trained_too():
+    network = traced(
+        lambda m, x: m.l(m.p(m.a(x)).mul(m.gain).mean((2, 3))),
+        a=conv(3, 6), p=nn.PReLU(), gain=nn.Parameter(torch.ones(6, 1, 1)), l=nn.Linear(6, 10),
+    )  # fmt: skip
+    data, policy = batches_of(network), CompressionPolicy.homogeneous(network, 4, 8)
+    shared = share(network, lambda rng: policy, data, data, steps=2, weight_decay=0.0)
+    before, after = (dict(n.module.named_parameters()) for n in (network, shared))
+    assert all((after[name] != before[name]).all() for name in ("p.weight", "gain"))
+    assert (before["gain"] == 1).all() and not any(p.requires_grad for p in (*after.values(), *before.values()))
 
 
 @pytest.mark.parametrize("wrong", ({"lr": 0.0}, {"steps": -1}, {"precision": "float8"}))
