@@ -1,11 +1,16 @@
-"""One thread per test process: parallel workers would otherwise fight for the cores. Tests leave shared networks alone:
-what another test finds would depend on the order."""
+"""One thread per test process: parallel workers would otherwise fight for the cores. Every test begins with the same
+seed and leaves shared networks alone: what another test finds would depend on the order."""
 
 import pytest
 import torch
 from nets import forget_changed
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def noise_is_the_same():
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

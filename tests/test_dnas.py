@@ -287,7 +287,7 @@ def test_expected_bops_are_the_sum_over_all_pairs_with_a_gradient_through_both_w
 
 
 def test_logits_are_tilted_until_expected_costs_are_within_budget():
-    problem = small_problem({"size": 0.12, "macs": 0.5, "bops": 0.01})
+    problem = small_problem({"size": 0.16, "macs": 0.5, "bops": 0.01})
     architecture = Architecture(problem.space, "kernel")
     assert (architecture.excess(architecture.probabilities(), problem.budget) > 0).all()
     architecture.meet(problem.budget)
@@ -471,7 +471,7 @@ def on_digits():
 
 @pytest.mark.parametrize("granularity", ["layer", "kernel"])
 def test_it_beats_uniform_on_digits_at_equal_size_and_ends_within_budget(on_digits, granularity):
-    problem = on_digits({"size": 0.07})
+    problem = on_digits({"size": 0.082})
     uniform = Uniform().search(problem.again())
     search = DNAS(12, 0, granularity, epochs=6, every=3)
     result = search.search(problem.again())
