@@ -34,8 +34,9 @@ from ajpq.trials import POLICY, TUNED, Tuner, is_whole, rows_in, trial, write
 SETTINGS = "comparison.yaml"
 CONTROLS = ("uniform", "filled_uniform", "random", "hill_climbing", "nsga2", "lp")  # files of conf/search
 # Keys that may differ when a comparison goes on; of a checkpoint the weights count.
-FREE = set(
-    "searches seeds controls finetune search threads tensorboard onnx onnx_multiple timing resume checkpoint".split()
+FREE = frozenset(
+    "searches seeds controls finetune reconstruct_images search threads tensorboard onnx onnx_multiple timing resume "
+    "checkpoint".split()
 )
 GIVEN = {"seed": "seeds", "evaluations": "evaluations"}  # keyword of a search -> the key that sets it for all
 EXAMPLE = "{name: plain, search: ajpq, start: null}"

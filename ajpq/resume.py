@@ -12,7 +12,7 @@ from ajpq.errors import AjpqError
 
 SEARCH, REPORT = "search.json", "report.json"
 # keys and groups that cannot change a search
-FREE = ("threads", "tensorboard", "onnx", "onnx_multiple", "timing", "resume", "finetune", "hydra")
+FREE = frozenset("threads tensorboard onnx onnx_multiple reconstruct_images timing resume finetune hydra".split())
 
 
 def key_of(override: str) -> str:

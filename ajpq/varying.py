@@ -23,7 +23,7 @@ from ajpq.trials import POLICY, Tuner, is_whole, trial
 from ajpq.variance import HOMOGENEOUS, Trial, Variance
 
 SETTINGS, RANDOM = "variance.yaml", "random"
-FREE = {"threads", "tensorboard", "onnx", "timing"}  # keys that may differ when a study goes on
+FREE = {"threads", "tensorboard", "onnx", "onnx_multiple", "timing"}  # keys that may differ when a study goes on
 
 
 def run(cfg: DictConfig, folder: Path) -> None:
