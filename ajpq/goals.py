@@ -16,6 +16,7 @@ from ajpq.data import Batches
 from ajpq.errors import AjpqError
 from ajpq.matching import matched
 from ajpq.network import Network
+from ajpq.training import channels_last
 
 LEAST, MOST = 2048, 8192  # see `samples_of`
 MEMORY = 2**31  # bytes for the activations of all images together, from one node to the next
@@ -110,16 +111,11 @@ def _affordable(module: fx.GraphModule, batches: Batches, images: int | None) ->
             left = most if left is None else min(left, most)
         if left <= 0:
             break
-        found.append(x[:left].to(device, memory_format=order_of(x)))
+        found.append(channels_last(x[:left].to(device)))
         left -= len(x)
     if not sum(map(len, found)):
         raise AjpqError("Reconstruction needs at least one image, but there is none: check the calibration split.")
     return found
-
-
-def order_of(x: Tensor) -> torch.memory_format:
-    """The order of memory that convolutions are fastest in."""
-    return torch.channels_last if x.ndim == 4 else torch.contiguous_format
 
 
 def rows_of(x: Tensor) -> Tensor:

@@ -10,12 +10,13 @@ from torch import Tensor, fx
 from ajpq.bank import WeightBank
 from ajpq.compression import compress
 from ajpq.correction import correct
-from ajpq.goals import Goals, order_of
+from ajpq.goals import Goals
 from ajpq.network import Network
 from ajpq.policy import CompressionPolicy
 from ajpq.reconstruction import solve
 from ajpq.scoring.setting import Measured, Setting
 from ajpq.scoring.tally import exact, summed, tally
+from ajpq.training import channels_last
 
 
 class Reference:
@@ -35,7 +36,7 @@ class Reference:
             if self._original is None:
                 self._original = [exact(original.module(x)) for x, *_ in self.setting.search_data]
             return summed(
-                tally(self.setting.task, student(x.to(memory_format=order_of(x))), y, known)
+                tally(self.setting.task, student(channels_last(x)), y, known)
                 for (x, y, *_), known in zip(self.setting.search_data, self._original, strict=True)
             )
 
