@@ -16,7 +16,7 @@ from ajpq.data import Batches
 from ajpq.errors import AjpqError
 from ajpq.matching import matched
 from ajpq.network import Network
-from ajpq.training import channels_last
+from ajpq.training import channels_last, device_of
 
 LEAST, MOST = 2048, 8192  # see `samples_of`
 MEMORY = 2**31  # bytes for the activations of all images together, from one node to the next
@@ -102,7 +102,7 @@ class Stages:
 
 def _affordable(module: fx.GraphModule, batches: Batches, images: int | None) -> list[Tensor]:
     """The first images, on the device of the module, as many as their activations fit into MEMORY."""
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    device = device_of(module)
     found, left = [], images
     for x, *_ in batches:
         if not found:

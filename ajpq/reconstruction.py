@@ -22,6 +22,7 @@ from ajpq.layers import Geometry, QuantLayer
 from ajpq.network import Network
 from ajpq.policy import CompressionPolicy
 from ajpq.quantize import FLOAT
+from ajpq.training import device_of
 
 LARGEST = 4608  # weights of a kernel, 3 x 3 x 512: layers with larger ones stay, for their moments fill the memory
 RIDGE = 0.01  # of the mean second moment: how far the solution is pulled to the weights as they were
@@ -51,7 +52,7 @@ def reconstruct(
 def solve(student: fx.GraphModule, original: Network, policy: CompressionPolicy, goals: Goals) -> None:
     """`reconstruct` for callers that need the goals of the original for many policies."""
     student.eval()
-    device = next((p.device for p in student.parameters()), torch.device("cpu"))
+    device = device_of(student)
     alive, calls = policy.alive(original), Counter(map(called, student.graph.nodes))
     follows = {norm.folds_into for norm in original.norms}
     stages = Stages(student, [x.to(device) for x in goals.images])

@@ -28,7 +28,7 @@ from ajpq.training_state import TrainingState
 def measure(model: nn.Module, batches: Batches, task: Task = CLASSIFICATION) -> tuple[dict[str, float], dict]:
     """What the task reports of a split in one pass, fractions: its metrics, and those of every image, float64 (n,) in
     the order of the split. In eval mode; all modes are restored. Raises AjpqError if there is no image."""
-    device = _device(model)
+    device = device_of(model)
     with _modes(model, training=False):
         pairs = [(model(x.to(device)).cpu(), y.cpu()) for x, y, *_ in batches]  # (N, C, H, W), (N, ...)
     if not sum(len(y) for _, y in pairs):
@@ -58,7 +58,7 @@ def recalibrate(model: nn.Module, batches: Batches) -> None:
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     if not norms:
         return
-    device, seen = _device(model), 0
+    device, seen = device_of(model), 0
     before = [
         (norm, norm.momentum, {name: value.clone() for name, value in norm.named_buffers(recurse=False)})
         for norm in norms
@@ -135,7 +135,7 @@ def fit(
     spread(model)
     optimizer = sgd(model, lr, momentum, weight_decay, scale_lr)
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
-    device, steps = _device(model), epochs * math.ceil(_count(batches) / accumulate)
+    device, steps = device_of(model), epochs * math.ceil(_count(batches) / accumulate)
     low = precision != "float32"
     cast = torch.autocast(device.type, PRECISIONS[precision], enabled=low)
     average = None if ema is None else Average(model, ema)
@@ -266,7 +266,8 @@ def _modes(model: nn.Module | None, *, training: bool) -> Iterator[None]:
             module.training = mode
 
 
-def _device(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
+    """Where its first tensor is; the CPU for a module without any."""
     return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
