@@ -30,13 +30,15 @@ def round_compensated(weight: Tensor, gram: Tensor, bits: Tensor, scale: Tensor)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
     upper = torch.linalg.cholesky(inverse, upper=True)  # (groups, n, n)
     rounded, free = w.clone(), (bits == FLOAT).view(groups, kernels)
+    lo, hi, offset = (t.view(groups, kernels) for t in quantize.grid(bits))
+    step = quantize.usable(scale).view(groups, kernels)
     for start in range(0, n, BLOCK):
         stop = min(start + BLOCK, n)
         errors = torch.zeros_like(w[:, :, start:stop])
         for i in range(start, stop):
             column = w[:, :, i]  # (groups, kernels)
-            nearest = _nearest(column.reshape(-1), bits, scale).view(groups, kernels).to(w.dtype)
-            nearest = torch.where(free, column, nearest)
+            codes = torch.round(torch.clamp(column.float() / step - offset, lo, hi))
+            nearest = torch.where(free, column, ((codes + offset) * step).to(w.dtype))
             rounded[:, :, i] = nearest
             error = (column - nearest) / upper[:, i, i, None]
             w[:, :, i + 1 : stop] -= error[:, :, None] * upper[:, i, None, i + 1 : stop]
@@ -44,9 +46,3 @@ def round_compensated(weight: Tensor, gram: Tensor, bits: Tensor, scale: Tensor)
         w[:, :, stop:] -= errors @ upper[:, start:stop, stop:]
     back = torch.argsort(order, dim=1)
     return rounded.gather(2, back[:, None, :].expand(-1, kernels, -1)).to(weight.dtype)
-
-
-def _nearest(column: Tensor, bits: Tensor, scale: Tensor) -> Tensor:
-    """One weight per kernel on its kernel's grid, float32 (groups * kernels,)."""
-    column = column.float()
-    return quantize.decode(quantize.encode(column[:, None], bits, scale), bits, scale)[:, 0]

@@ -82,8 +82,9 @@ def prepare(cfg: DictConfig, folder: Path, screen: Screen) -> Prepared:
         check(**parts["evaluator"].keywords)
     check_correction(cfg.correction)
     limits, data = limits_of(cfg.budget), parts["data"]
-    if cfg.checkpoint is not None:
-        load_weights(parts["model"], cfg.checkpoint)
+    start = recipes["train"].pop("start", None)
+    if weights := cfg.checkpoint or start:
+        load_weights(parts["model"], weights)
     model, images = parts["model"].eval(), next(iter(data.calibration))[0]
     with screen.stage("trace"):
         network = trace(model, images)

@@ -79,8 +79,9 @@ def _solve(layer: nn.Module, inputs: list[Tensor], goals: list[tuple[Tensor, Ten
     xx, xy = w.new_zeros(groups, n, n), w.new_zeros(groups, n, w.shape[1])
     x_sum, y_sum, count, shift = w.new_zeros(groups, n), w.new_zeros(groups, w.shape[1]), 0, None
     for x, (at, y) in zip(inputs, goals, strict=True):
+        x = patches(x, geometry, weight.shape[2:], at)
         x = layer.act(x) if isinstance(layer, QuantLayer) else x
-        x = patches(x, geometry, weight.shape[2:], at).reshape(-1, groups, n).transpose(0, 1)  # (G, N p, n)
+        x = x.reshape(-1, groups, n).transpose(0, 1)  # (G, N p, n)
         y = y.reshape(-1, groups, w.shape[1]).transpose(0, 1)  # (G, N p, K)
         if shift is None:  # near the mean, so that little is lost when the mean goes
             shift = x.mean(1, keepdim=True) if centred else torch.zeros_like(x[:, :1])  # (G, 1, n)
@@ -116,14 +117,15 @@ def patches(x: Tensor, geometry: Geometry, kernel: Iterable[int], at: Tensor) ->
         return x.reshape(len(x), -1, x.shape[-1])[:, at]
     kernel = list(kernel)
     mode, pads = geometry.padding_mode, geometry.pads(kernel)
-    x = F.pad(x, pads, mode="constant" if mode == "zeros" else mode)
+    if any(pads):
+        x = F.pad(x, pads, mode="constant" if mode == "zeros" else mode)
     reach = [d * (k - 1) for d, k in zip(geometry.dilation, kernel, strict=True)]
     width = (x.shape[3] - reach[1] - 1) // geometry.stride[1] + 1  # of the output
     row, column = at // width * geometry.stride[0], at % width * geometry.stride[1]
     rows = row[:, None] + geometry.dilation[0] * torch.arange(kernel[0], device=x.device)  # (p, kh)
     columns = column[:, None] + geometry.dilation[1] * torch.arange(kernel[1], device=x.device)  # (p, kw)
-    found = x[:, :, rows[:, :, None], columns[:, None, :]]  # (N, C, p, kh, kw)
-    return found.transpose(1, 2).reshape(len(x), len(at), -1)
+    found = x.permute(0, 2, 3, 1)[:, rows[:, :, None], columns[:, None, :]]  # (N, p, kh, kw, C), pixels lie together
+    return found.permute(0, 1, 4, 2, 3).reshape(len(x), len(at), -1)
 
 
 def _match(norm: _BatchNorm, inputs: list[Tensor], goals: list[tuple[Tensor, Tensor]]) -> None:

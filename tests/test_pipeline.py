@@ -128,6 +128,15 @@ def test_the_same_seed_gives_the_same_policies_and_another_seed_others(job, tmp_
     assert read[0] == read[1] != read[2]
 
 
+def test_training_goes_on_from_given_weights(job, tmp_path):
+    folder, report, _ = job
+    start = [f"train.start={folder / 'original.safetensors'}", "train.epochs=0", "search=uniform", "budget.size=0.5"]
+    status, _, err = command(tmp_path, *start, "budget.macs=null", "finetune=none", "onnx=false", "hydra.run.dir=run")
+    assert status == 0, err
+    found = json.loads((tmp_path / "run/report.json").read_text())
+    assert found["metrics"]["original"] == report["metrics"]["original"]
+
+
 def test_a_policy_of_one_run_is_fine_tuned_by_another(job, tmp_path):
     folder, report, _ = job
     status, _, err = command(
@@ -155,6 +164,7 @@ def test_a_policy_of_one_run_is_fine_tuned_by_another(job, tmp_path):
         (["budget.size=null", "budget.macs=null"], ["budget", "empty"]),
         (["+budget.joules=0.5"], ["joules", "size"]),
         (["checkpoint=nowhere.pt"], ["nowhere.pt"]),
+        (["train.start=nowhere.pt"], ["nowhere.pt"]),
         (["data=cifar10", "data.root=no_such_folder"], ["no_such_folder"]),
         (["search=policy", "search.path=nowhere.json"], ["nowhere.json"]),
         (["choices.weight_bits=[0,9]"], ["weight_bits", "9"]),
