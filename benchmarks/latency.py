@@ -4,11 +4,11 @@
     python benchmarks/latency.py --out FOLDER --networks digits_cnn --policies 2 --seconds 0.02 --rounds 10
 
 Builds the table of every network in FOLDER, or takes it from there, then measures random policies on the same runtime,
-each padded as model.onnx is and in turns with the original. A policy prunes every space to a random number of channels
-and leaves a random share of its layers in float32; the others have 8 bits, as fewer take the same time. Of every
-predictor it prints the Spearman correlation with the measured milliseconds and the median relative error of the
-predicted ratio to the original; for the table also the error of its milliseconds. FOLDER/NETWORK.jsonl has a line per
-policy; a run goes on.
+each padded as model.onnx is and in turns with the original. A policy prunes every space to a random number of channels;
+its layers have 8 bits, as fewer take the same time, and with --floats a random share of them float32, which no search
+chooses. Of every predictor it prints the Spearman correlation with the measured time, as a ratio to the original's in
+the same turns, and the median relative error of that ratio; for the table also the error of its milliseconds.
+FOLDER/NETWORK.jsonl has a line per policy; a run goes on.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ def noise(shape: tuple[int, ...], n: int) -> torch.Tensor:
     return torch.randn(n, *shape, generator=torch.Generator().manual_seed(0))
 
 
-def drawn(network: Network, random: np.random.Generator, step: int) -> CompressionPolicy:
-    """A random policy; how much it prunes and leaves in float differs from one to the next."""
-    least, floats = random.uniform(0.125, 1), random.choice([0.0, 0.0, random.uniform(0, 1)])
+def drawn(network: Network, random: np.random.Generator, step: int, some_float: bool) -> CompressionPolicy:
+    """A random policy; how much it prunes, and leaves in float, differs from one to the next."""
+    least, floats = random.uniform(0.125, 1), random.uniform(0, 1) if some_float else 0.0
     alive = np.ones(network.n_channels, bool)
     for space in network.spaces:
         if space.prunable:
@@ -88,7 +88,7 @@ def study(name: str, args: argparse.Namespace) -> None:
     record = path.with_suffix(".jsonl")
     rows = [json.loads(line) for line in record.read_text().splitlines()] if record.is_file() else []
     for seed in range(len(rows), args.policies):
-        policy = drawn(network, np.random.default_rng(seed), args.round)
+        policy = drawn(network, np.random.default_rng(seed), args.round, args.floats)
         final = pad(freeze(compress(network, policy, ranges)), network, policy, args.multiple)
         model = to_onnx(final, noise(shape, 8))
         runs = {"original": original, "candidate": device.start(Subject(images.numpy(), model))}
@@ -111,7 +111,7 @@ def table(name: str, rows: list[dict[str, float]], predictors: list[str]) -> Non
     print(f"\n{name}, {len(rows)} policies that take {low:.3f} to {high:.3f} of the original")
     print("| predictor | Spearman | median error of the ratio | median error of the ms |\n|---|---|---|---|")
     for key in predictors:
-        rank = spearmanr([row[key] for row in rows], measured["candidate"]).statistic
+        rank = spearmanr([row[key] for row in rows], measured["ratio"]).statistic
         off = np.median(np.abs(np.array([row[f"{key} ratio"] for row in rows]) / measured["ratio"] - 1))
         ms = np.median(np.abs(np.array([row[key] for row in rows]) / measured["candidate"] - 1))
         print(f"| {key} | {rank:.3f} | {off:.3f} | {f'{ms:.3f}' if key == 'table' else ''} |")
@@ -128,6 +128,7 @@ if __name__ == "__main__":
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--round", type=int, default=1, help="channels are kept in multiples of this")
     parser.add_argument("--multiple", type=int, default=16, help="and padded to multiples of this, as for model.onnx")
+    parser.add_argument("--floats", action="store_true", help="leave a random share of the layers in float32")
     parser.add_argument("--seconds", type=float, default=0.1, help="for a point of a table")
     parser.add_argument("--rounds", type=int, default=40, help="of every policy")
     arguments = parser.parse_args()

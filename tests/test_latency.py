@@ -102,7 +102,7 @@ def test_exact_at_grid_points_and_bilinear_between(net: Network, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("inputs", "kept", "looked_up"),
-    [(8, 16, (16, 16)), (9, 17, (16, 32)), (7, 7, (8, 16)), (8.3, 16.4, (16, 32)), (16, 16 + 1e-9, (16, 16))],
+    [(8, 16, (16, 16)), (9, 17, (16, 32)), (7, 7, (16, 16)), (8.3, 16.4, (16, 32)), (16, 16 + 1e-9, (16, 16))],
 )
 def test_padded_network_is_predicted(inputs: float, kept: float, looked_up, net: Network, tmp_path: Path) -> None:
     made(net, tmp_path / "t.json")
