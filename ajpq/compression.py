@@ -131,4 +131,17 @@ def _frozen(layer: nn.Module, gain: Tensor | None, shift: Tensor | None) -> Froz
     half = torch.where(coded, scale, torch.zeros_like(scale)).clamp(-_HALF_MAX, _HALF_MAX).to(torch.float16)
     if bias is not None:
         bias = torch.where(coded, bias.clamp(-_HALF_MAX, _HALF_MAX).to(torch.float16).float(), bias)
+        gone = _unheard(codes, bits, half, bias, act)
+        half = torch.where(gone, 0, half)
+        codes[gone] = 0
     return FrozenLayer(codes, bits.clone(), half, raw.clone(), bias, geometry, act)
+
+
+def _unheard(codes: Tensor, bits: Tensor, scale: Tensor, bias: Tensor, act: ActQuant) -> Tensor:
+    """Kernels whose sums stay below half a step of their bias in float16, as trained networks have where a batch-norm
+    has switched a channel off; bool (c_out,). They become zero: next to their steps the bias is no 32-bit integer."""
+    if act.bits == FLOAT:
+        return torch.zeros_like(bits, dtype=torch.bool)
+    top = max(map(abs, quantize.act_range(act.bits, act.signed))) * quantize.usable(act.scale.abs())
+    largest = top * quantize.decode(codes, bits, scale).flatten(1).abs().sum(1)
+    return (bits != FLOAT) & (largest < 2**-12 * bias.abs())

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from ajpq.errors import AjpqError
 from ajpq.onnx_graph import integer_graph
+from ajpq.onnx_pads import fold_pads
 
 FILE = "model.onnx"
 OPSET = 18
@@ -51,4 +52,5 @@ def float_onnx(network: nn.Module, images: Tensor, batch: int | None = None) -> 
         part.ClearField("metadata_props")
         part.ClearField("doc_string")
     model.ClearField("metadata_props")
+    fold_pads(model)
     return model.SerializeToString(deterministic=True)

@@ -16,6 +16,7 @@ from ajpq.compression import compress, freeze
 from ajpq.errors import AjpqError
 from ajpq.layers import ChannelAffine, FrozenLayer, QuantLayer
 from ajpq.policy import CompressionPolicy
+from ajpq.tracing import trace
 
 
 @functools.cache
@@ -258,3 +259,25 @@ def test_a_layer_that_only_reads_zeros_is_no_accident():
     calibration = calibrate(network, batches_of(network))
     student = compress(network, CompressionPolicy.homogeneous(network, 4, 8), calibration)
     assert torch.isfinite(student(network.example)).all()
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+def test_a_kernel_that_its_bias_drowns_is_no_reason_to_leave_integers(bits: int) -> None:
+    """As in MobileNetV1 with folded batch-norms: a switched-off channel has weights of 1e-7 and a bias of -2."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 6, 3)
+    with torch.no_grad():
+        layer.weight[2] *= 1e-6
+        layer.bias[2] = -2.0
+    images = torch.rand(16, 3, 8, 8)
+    network = trace(nn.Sequential(layer, nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 4)).eval(), images)
+    policy = CompressionPolicy.homogeneous(network, bits, 8)
+    student = compress(network, policy, calibrate(network, [(images, None)]))
+    final = freeze(student)
+    found = final.get_submodule("0")
+    assert found.whole_bias is not None and found.scale[2] == 0 and not found.codes[2].any()
+    assert (found.scale[[0, 1, 3, 4, 5]] > 0).all()
+    with torch.no_grad():
+        theirs = student.get_submodule("0")(images)
+        torch.testing.assert_close(found(images), theirs, rtol=1e-3, atol=1e-3)
+        assert (found(images)[:, 2] == found.shift[2]).all() and found.shift[2] == pytest.approx(-2, rel=1e-3)
