@@ -21,6 +21,7 @@ from torch import fx, nn
 from ajpq.layers import Geometry
 from ajpq.network import LayerSpec, Network
 from ajpq.onnx_export import OPSET
+from ajpq.onnx_fours import FOUR
 from ajpq.onnx_layers import NARROW
 
 PRECISIONS = ("float32", "int8")
@@ -196,10 +197,16 @@ def _written(graph: onnx.GraphProto) -> bytes:
 
 
 class _Conv(_Model):
+    @property
+    def inputs(self) -> int:
+        """Of a kernel; in int8 in fours, as `onnx_fours` fills them."""
+        fours = self.int8 and self.shape.kind == "conv" and self.shape.groups == 1
+        return -(-self.point.inputs // FOUR) * FOUR if fours else self.point.inputs
+
     def model(self, copies: int, poolings: int) -> bytes:
         point, shape = self.point, self.shape
         depthwise = shape.kind == "depthwise"
-        c_in = point.outputs // shape.groups if depthwise else point.inputs * shape.groups
+        c_in = point.outputs // shape.groups if depthwise else self.inputs * shape.groups
         x = self.dequantized("images", 128) if self.int8 else "images"
         x = self.convolved(x, "stem", self.weight("stem", (c_in, 1, 1, 1), 0), None, "relu")
         ends = []
@@ -215,7 +222,7 @@ class _Conv(_Model):
         if narrow:
             ends = [self.tensor(f"{name}_{end}", np.float32(end)) for end in (-128 * 0.02, 127 * 0.02)]
             x = self.node("Clip", [x, *ends], f"{name}_input")
-        weight = self.weight(name, (point.outputs, point.inputs, *shape.kernel), 0, coded=not narrow)
+        weight = self.weight(name, (point.outputs, self.inputs, *shape.kernel), 0, coded=not narrow)
         bias = self.bias(f"{name}_bias") if shape.bias else None
         return self.convolved(
             x, name, weight, bias, shape.relu, kernel_shape=shape.kernel, strides=shape.stride, pads=shape.pads,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import warnings
 
 import torch
+from onnx import ModelProto
 from torch import Tensor, fx, nn
 
 from ajpq.errors import AjpqError
+from ajpq.onnx_fours import fill_fours
 from ajpq.onnx_graph import integer_graph
 from ajpq.onnx_pads import fold_pads
 
@@ -24,13 +26,19 @@ def to_onnx(network: fx.GraphModule, images: Tensor) -> bytes:
     On x86 processors with AVX2 but without VNNI, ONNX Runtime saturates sums of two products of 8-bit activations and
     8-bit kernels; narrower ones cannot saturate. Raises AjpqError if the network has an operation that ONNX lacks.
     """
-    return float_onnx(integer_graph(network, images), images)
+    model = _exported(integer_graph(network, images), images, None)
+    fill_fours(model)
+    return model.SerializeToString(deterministic=True)
+
+
+def float_onnx(network: nn.Module, images: Tensor, batch: int | None = None) -> bytes:
+    """A module of one input as an ONNX model of any batch or of one. images (n, C, H, W): of its input."""
+    return _exported(network, images, batch).SerializeToString(deterministic=True)
 
 
 @torch.no_grad()
-def float_onnx(network: nn.Module, images: Tensor, batch: int | None = None) -> bytes:
-    """A module of one input as an ONNX model of any batch or of one, without the places in the source that the exporter
-    notes. images (n, C, H, W): of its input."""
+def _exported(network: nn.Module, images: Tensor, batch: int | None) -> ModelProto:
+    """Without the places in the source that the exporter notes, and paddings within convolutions."""
     example = images[:1].expand(batch or 2, *images.shape[1:]).contiguous()
     free = None if batch else ({0: torch.export.Dim.DYNAMIC},)
     try:
@@ -53,4 +61,4 @@ def float_onnx(network: nn.Module, images: Tensor, batch: int | None = None) -> 
         part.ClearField("doc_string")
     model.ClearField("metadata_props")
     fold_pads(model)
-    return model.SerializeToString(deterministic=True)
+    return model

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from ajpq import quantize
 from ajpq.layers import ActQuant, FrozenLayer
 from ajpq.onnx_layers import Grid, Layer, Quantizer
-from ajpq.outputs import RELUS, ends, module_of, name_of, put, quantize_outputs, quantized_by, quantizer_of
+from ajpq.outputs import MAX_POOLS, RELUS, ends, module_of, name_of, put, quantize_outputs, quantized_by, quantizer_of
 
 
 class _Rewriter:
@@ -48,6 +48,16 @@ class _Rewriter:
                 if layer.act.bits != quantize.FLOAT:
                     self.put(Grid.of(layer.act), node.args[0], node)
                 net.set_submodule(node.target, Layer(layer))
+        self.pool_codes()
+
+    def pool_codes(self) -> None:
+        """The largest of some codes is one of them: behind a pooling of quantized values the same quantizer changes
+        nothing, and runtimes then pool codes, not floats."""
+        for node in list(self.net.graph.nodes):
+            if name_of(self.net, node) in MAX_POOLS and node.args[0] in self.grids:
+                grid = self.grids[node.args[0]].whole
+                if any(user not in self.grids or self.grids[user].whole != grid for user in node.users):
+                    self.put(grid, node)
 
     def put(self, grid: Grid, source: fx.Node, reader: fx.Node | None = None) -> None:
         name = f"quantizer_{len(self.grids)}"

@@ -20,13 +20,8 @@ from ajpq.quantize import FLOAT
 
 BITS = 8
 RELUS = frozenset(("relu", "relu6", "hardtanh"))
-_MOVES = (
-    ops.MOVE
-    | ops.CONCAT
-    | ops.PAD
-    | RELUS
-    | frozenset("identity maxpool2d max_pool2d adaptivemaxpool2d adaptive_max_pool2d boolean_dispatch".split())
-)
+MAX_POOLS = frozenset("maxpool2d max_pool2d adaptivemaxpool2d adaptive_max_pool2d boolean_dispatch".split())
+_MOVES = ops.MOVE | ops.CONCAT | ops.PAD | RELUS | MAX_POOLS | {"identity"}
 _SIZES = frozenset(("size", "dim", "getattr"))
 _NORMS = (nn.BatchNorm2d, nn.BatchNorm1d)
 

@@ -41,6 +41,7 @@ def trace(model: nn.Module, example: Tensor) -> Network:
             f"{type(model).__name__}.forward must be traceable by torch.fx, but: {reason}; take data-dependent `if`, "
             "`assert` and loops over values out of forward, or put them into a function under torch.fx.wrap"
         ) from error
+    _drop_identities(module)
     example = example.detach()[:2].float().cpu()
     example = example if len(example) == 2 else example.repeat(2, *([1] * (example.ndim - 1)))
     walk = Walk(module)
@@ -63,6 +64,15 @@ def trace(model: nn.Module, example: Tensor) -> Network:
             "has none (F.conv2d is invisible as a layer); use modules"
         )
     return proven(assemble(walk, private, example))
+
+
+def _drop_identities(module: fx.GraphModule) -> None:
+    """What stands where a batch-norm was folded or dropout left out would hide that a ReLU follows a layer."""
+    for node in list(module.graph.nodes):
+        if node.op == "call_module" and isinstance(module.get_submodule(node.target), nn.Identity):
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            module.graph.erase_node(node)
+    module.recompile()
 
 
 def assemble(walk: Walk, original: nn.Module, example: Tensor) -> Network:

@@ -22,7 +22,7 @@ from ajpq.detection import Detection
 from ajpq.errors import AjpqError
 from ajpq.finetuning import finetune
 from ajpq.layers import FrozenLayer
-from ajpq.models import digits_cnn
+from ajpq.models import digits_cnn, skynet
 from ajpq.network import Network
 from ajpq.onnx_check import DEVIATION, STEP, seen, unit_of
 from ajpq.onnx_export import float_onnx, to_onnx
@@ -153,6 +153,18 @@ def test_nothing_is_rounded_where_one_quantizer_reads(tmp_path: Path) -> None:
     assert (np.abs(found - graph(images).numpy()).reshape(4, 5, -1) <= one_step(final)[:, None]).all()
 
 
+def test_codes_are_pooled_where_two_quantizers_read_a_layer(tmp_path: Path) -> None:
+    """As in SkyNet, whose bypass is pooled for one layer and concatenated for another."""
+    images = torch.randn(4, 3, 32, 64)
+    final = frozen(trace(skynet(), images), images, widths=(8,), act_bits=(8,))
+    model = to_onnx(final, images)
+    found, kinds = run(model, images, tmp_path)
+    assert kinds["MaxPool"] == 0 and kinds["NhwcMaxPool"] == 3
+    with torch.no_grad():
+        ours = integer_graph(final, images)(images).numpy()
+    assert np.abs(found - ours).max() <= 0.05 * np.abs(ours).max(), "codes that the last bit of a scale tips over"
+
+
 def test_layers_that_are_not_integers_stay_float(tmp_path: Path) -> None:
     network = traced(lambda m, x: m.c(m.b(m.a(x).relu()).relu()), a=conv(3, 6), b=conv(6, 6), c=conv(6, 4))
     images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2))
@@ -186,8 +198,8 @@ def test_ship_writes_it_beside_the_packed_file(tmp_path: Path) -> None:
     whole = float_onnx(network.module, images)
     assert len(model) < 0.6 * len(whole) and str(Path(__file__).parent.parent).encode() not in model
     weights = [numpy_helper.to_array(t) for t in onnx.load_from_string(model).graph.initializer]
-    assert sum(w.size for w in weights if w.dtype == np.int8 and w.ndim > 1) == sum(
-        layer.codes.numel() for layer in layers_of(final)
+    assert sum(np.count_nonzero(w) for w in weights if w.dtype == np.int8 and w.ndim > 1) == sum(
+        int(layer.container[0].count_nonzero()) for layer in layers_of(final)
     )
     ship(final, tmp_path)  # the old model.onnx could be another network's
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]

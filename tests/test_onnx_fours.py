@@ -1,0 +1,104 @@
+"""Convolutions of integers get a multiple of four inputs, and put out the very same."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ajpq import models
+from ajpq.calibration import calibrate
+from ajpq.compression import compress, freeze
+from ajpq.onnx_export import OPSET, to_onnx
+from ajpq.onnx_fours import fill_fours
+from ajpq.policy import CompressionPolicy
+from ajpq.tracing import trace
+
+
+def finished(net: nn.Module, images: Tensor, bits: int = 8) -> nn.Module:
+    network = trace(net.eval(), images)
+    policy = CompressionPolicy.homogeneous(network, bits, 8)
+    return freeze(compress(network, policy, calibrate(network, [(images, None)])))
+
+
+def outputs(model: onnx.ModelProto, x: Tensor) -> np.ndarray:
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {"images": x.numpy()})[0]
+
+
+def inputs_of_convolutions(model: onnx.ModelProto) -> list[tuple[int, int]]:
+    """Inputs of a kernel and groups, in order."""
+    sizes = {tensor.name: tensor.dims for tensor in model.graph.initializer}
+    made = {name: node for node in model.graph.node for name in node.output}
+    found = []
+    for node in (node for node in model.graph.node if node.op_type == "Conv"):
+        weight = node.input[1] if node.input[1] in sizes else made[node.input[1]].input[0]
+        found.append((sizes[weight][1], next(a.i for a in node.attribute if a.name == "group")))
+    return found
+
+
+def without(monkeypatch: pytest.MonkeyPatch, final: nn.Module, images: Tensor) -> onnx.ModelProto:
+    with monkeypatch.context() as patch:
+        patch.setattr("ajpq.onnx_export.fill_fours", lambda model: None)
+        return onnx.load_from_string(to_onnx(final, images))
+
+
+@pytest.mark.parametrize("bits", [8, 3])
+def test_images_of_three_colours(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.randn(6, 3, 32, 32)
+    final = finished(models.resnet20(), images, bits)
+    plain, ours = without(monkeypatch, final, images), onnx.load_from_string(to_onnx(final, images))
+    assert inputs_of_convolutions(plain)[0] == (3, 1) and inputs_of_convolutions(ours)[0] == (4, 1)
+    assert inputs_of_convolutions(plain)[1:] == inputs_of_convolutions(ours)[1:]
+    onnx.checker.check_model(ours, full_check=True)
+    assert np.array_equal(outputs(plain, images), outputs(ours, images))
+
+
+def test_narrow_depthwise_layer_makes_the_fourth_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.randn(4, 3, 32, 64)
+    final = finished(models.skynet(), images)
+    plain, ours = without(monkeypatch, final, images), onnx.load_from_string(to_onnx(final, images))
+    assert inputs_of_convolutions(plain)[:2] == [(1, 3), (3, 1)] and inputs_of_convolutions(ours)[:2] == [
+        (3, 1),
+        (4, 1),
+    ]
+    assert "Pad" not in {node.op_type for node in ours.graph.node}
+    onnx.checker.check_model(ours, full_check=True)
+    np.testing.assert_allclose(outputs(plain, images), outputs(ours, images), rtol=1e-3, atol=1e-3)
+
+
+class Shared(nn.Module):
+    """Two convolutions of six inputs that read the same."""
+
+    def __init__(self, alike: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(4, 6, 3), nn.Conv2d(6, 8, 3), nn.Conv2d(6, 8, 3)
+        self.alike = alike
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.a(x))
+        return (self.b(x) + self.c(x if self.alike else x * 2)).flatten(1)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_several_readers(alike: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.randn(4, 4, 9, 9)
+    final = finished(Shared(alike), images)
+    plain, ours = without(monkeypatch, final, images), onnx.load_from_string(to_onnx(final, images))
+    onnx.checker.check_model(ours, full_check=True)
+    assert np.array_equal(outputs(plain, images), outputs(ours, images))
+
+
+def test_float_networks_and_layers_with_groups_stay() -> None:
+    images = torch.randn(4, 6, 8, 8)
+    net = nn.Sequential(nn.Conv2d(6, 6, 3, groups=2), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=6), nn.Flatten())
+    model = onnx.load_from_string(to_onnx(finished(net, images), images))
+    assert inputs_of_convolutions(model) == [(3, 2), (1, 6)]
+    before = model.SerializeToString()
+    fill_fours(model)
+    assert len(model.graph.node) == len(onnx.load_from_string(before).graph.node)
+    assert model.opset_import[0].version == OPSET
