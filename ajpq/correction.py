@@ -24,6 +24,16 @@ def check_correction(name: str) -> None:
         raise AjpqError(f"correction must be one of {', '.join(CORRECTIONS)}, but it is {name!r}; choose one")
 
 
+def advice(network: Network, how: str) -> str | None:
+    """What to tell whoever wants candidates of this network corrected like that, if there is something."""
+    if how == "reconstruction" or network.norms:
+        return None
+    return (
+        f"this network has no batch-norms, so correction={how} corrects nothing and pruned candidates score like "
+        "guesses; correction=reconstruction solves for their weights, at several times the cost"
+    )
+
+
 def correct(student: fx.GraphModule, original: Network, policy: CompressionPolicy, batches: Batches, how: str) -> None:
     """Correct a compressed network in place, from the images of `batches`; see `matching.match` and
     `reconstruction.reconstruct`."""

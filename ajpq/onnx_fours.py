@@ -25,7 +25,7 @@ def fill_fours(model: ModelProto) -> None:
         if _number(conv, "group", 1) > 1 or weight is None or weight.op_type != "DequantizeLinear":
             continue
         codes = graph.known[weight.input[0]]
-        more = -numpy_helper.to_array(codes).shape[1] % FOUR
+        more = -codes.dims[1] % FOUR
         source = graph.quantizer_alone_before(conv)
         if not more or source is None or graph.readers(weight.input[0]) != [weight]:
             continue

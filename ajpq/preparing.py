@@ -18,7 +18,7 @@ from ajpq.budget import Budget
 from ajpq.checkpoint import load_weights, save_weights
 from ajpq.compression import compress
 from ajpq.console import Advance, Screen
-from ajpq.correction import check_correction, correct
+from ajpq.correction import advice, check_correction, correct
 from ajpq.data import Data, take
 from ajpq.errors import AjpqError
 from ajpq.memory import keep_freed_memory
@@ -98,6 +98,8 @@ def prepare(cfg: DictConfig, folder: Path, screen: Screen) -> Prepared:
         network = trace(model, images)
         space = SearchSpace(network, parts["choices"])
     screen.say(str(network))
+    if cfg.norm_images and (told := advice(network, cfg.correction)):
+        screen.say(told)
     original = network
     if recipes["weights"]["steps"]:
         network = _share(network, space, budget, recipes["weights"], parts["task"], cfg.seed, data, screen, folder)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ajpq.calibration import calibrate
 from ajpq.compression import compress
-from ajpq.correction import correct
+from ajpq.correction import advice, correct
 from ajpq.errors import AjpqError
 from ajpq.matching import match, matched, matching, outputs
 from ajpq.policy import CompressionPolicy
@@ -131,3 +131,10 @@ def test_other_names_are_refused():
         AjpqError, match="correction must be one of statistics, least_squares, reconstruction, but it is 'magic'"
     ):
         correct(compress(network, CompressionPolicy.homogeneous(network)), network, None, [], "magic")
+
+
+def test_networks_without_batch_norms_are_told_what_helps():
+    folded = traced(lambda m, x: m.l(m.a(x).mean((2, 3))), a=conv(3, 8), l=nn.Linear(8, 5))
+    assert "correction=reconstruction" in advice(folded, "least_squares")
+    assert advice(folded, "reconstruction") is None
+    assert advice(network_of("digits_cnn"), "least_squares") is None
