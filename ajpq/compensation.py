@@ -37,8 +37,7 @@ def round_compensated(weight: Tensor, gram: Tensor, bits: Tensor, scale: Tensor)
         errors = torch.zeros_like(w[:, :, start:stop])
         for i in range(start, stop):
             column = w[:, :, i]  # (groups, kernels)
-            codes = torch.round(torch.clamp(column.float() / step - offset, lo, hi))
-            nearest = torch.where(free, column, ((codes + offset) * step).to(w.dtype))
+            nearest = torch.where(free, column, quantize.on_grid(column.float(), lo, hi, offset, step).to(w.dtype))
             rounded[:, :, i] = nearest
             error = (column - nearest) / upper[:, i, i, None]
             w[:, :, i + 1 : stop] -= error[:, :, None] * upper[:, i, None, i + 1 : stop]

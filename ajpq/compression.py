@@ -84,6 +84,7 @@ def freeze(student: fx.GraphModule) -> fx.GraphModule:
             old.set_submodule(name, _frozen(module, None, None))
         elif isinstance(module, ActQuant):
             old.set_submodule(name, _fixed(module))
+    _silence(old)
     for tensor in old.parameters():
         tensor.requires_grad_(False)
     old.delete_all_unused_submodules()
@@ -131,17 +132,26 @@ def _frozen(layer: nn.Module, gain: Tensor | None, shift: Tensor | None) -> Froz
     half = torch.where(coded, scale, torch.zeros_like(scale)).clamp(-_HALF_MAX, _HALF_MAX).to(torch.float16)
     if bias is not None:
         bias = torch.where(coded, bias.clamp(-_HALF_MAX, _HALF_MAX).to(torch.float16).float(), bias)
-        gone = _unheard(codes, bits, half, bias, act)
-        half = torch.where(gone, 0, half)
-        codes[gone] = 0
     return FrozenLayer(codes, bits.clone(), half, raw.clone(), bias, geometry, act)
 
 
-def _unheard(codes: Tensor, bits: Tensor, scale: Tensor, bias: Tensor, act: ActQuant) -> Tensor:
-    """Kernels whose sums stay below half a step of their bias in float16, as trained networks have where a batch-norm
-    has switched a channel off; bool (c_out,). They become zero: next to their steps the bias is no 32-bit integer."""
-    if act.bits == FLOAT:
-        return torch.zeros_like(bits, dtype=torch.bool)
-    top = max(map(abs, quantize.act_range(act.bits, act.signed))) * quantize.usable(act.scale.abs())
-    largest = top * quantize.decode(codes, bits, scale).flatten(1).abs().sum(1)
-    return (bits != FLOAT) & (largest < 2**-12 * bias.abs())
+def _silence(network: fx.GraphModule) -> None:
+    """Make kernels zero, in place, that are so fine that their bias is no 32-bit integer of their steps, where their
+    sums stay below half a step of it in float16, as trained networks have where a batch-norm has switched a channel
+    off: they would keep their whole layer in float. Not where a norm might take the bias away again."""
+    calls = [(n, network.get_submodule(n.target)) for n in network.graph.nodes if n.op == "call_module"]
+    if any(isinstance(part, ChannelAffine) or "norm" in ops.name_of(node, part) for node, part in calls):
+        return
+    if any("norm" in ops.name_of(n, None) for n in network.graph.nodes if n.op in ("call_function", "call_method")):
+        return
+    for node, old in calls:
+        if not isinstance(old, FrozenLayer) or old.bias is None or old.unit is None or old.whole_bias is not None:
+            continue
+        top = max(map(abs, quantize.act_range(old.act.bits, old.act.signed))) * quantize.usable(old.act.scale.abs())
+        largest = top * old.weight.flatten(1).abs().sum(1)
+        gone = ~FrozenLayer.fits(old.bias / old.unit) & (largest < 2**-12 * old.bias.abs())
+        codes = old.codes.clone()
+        codes[gone] = 0
+        scale = torch.where(gone, 0, old.scale)
+        made = FrozenLayer(codes, old.bits, scale, old.raw, old.bias, old.geometry, old.act)
+        network.set_submodule(node.target, made)

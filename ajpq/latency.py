@@ -11,7 +11,7 @@ The table has the time of every layer, alone, at some numbers of input channels 
 `LatencyTable.grids` makes a prediction out of it, our choice throughout:
 
 - A time must not fall when a channel is added or a layer goes from int8 to float32: budgets need it. But ONNX Runtime
-  takes longer for 8 int8 kernels than for 16, and for 3 inputs longer in int8 than in float32. Where a measured time
+  takes longer for 8 int8 kernels than for 16, and for some layers longer in int8 than in float32. Where a measured time
   falls the prediction is the geometric mean of the largest time below and the smallest above (`never_falling`).
 - A whole network takes more than its layers (sums, pooling, what they move) and now and then less. What it takes more
   is spread over the layers as their outputs are large, and falls with their kernels; where it takes less, all layers
@@ -48,7 +48,7 @@ from ajpq.padding import check_multiple, padded
 from ajpq.quantize import FLOAT
 from ajpq.timing import Device, runner
 
-VERSION = 1
+VERSION = 2
 INT8 = 8  # bits that an int8 layer has at most
 BLOCK = 16  # channels that processors with AVX-512 compute together
 EMPTY, WHOLE = "empty", {name: f"whole {name}" for name in PRECISIONS}  # keys of times beside those of points

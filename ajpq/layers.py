@@ -134,13 +134,18 @@ class FrozenLayer(nn.Module):
             contained, step = self.container
             unit = step * quantize.usable(act.scale.detach().abs())
             whole = None if bias is None else (bias / unit).round()
-            if whole is not None and (whole.abs() >= 2**30).any():
+            if whole is not None and not self.fits(whole).all():
                 whole = None
             if bias is None or whole is not None:
                 integers = contained.float()
         shift = self.bias if whole is None else whole * unit
         for name, value in (("unit", unit), ("whole_bias", whole), ("shift", shift), ("_codes", integers)):
             self.register_buffer(name, value, persistent=False)
+
+    @staticmethod
+    def fits(whole: Tensor) -> Tensor:
+        """Whether a bias in units leaves room for a sum in 32 bits."""
+        return whole.abs() < 2**30
 
     @property
     def container(self) -> tuple[Tensor, Tensor]:
@@ -154,7 +159,8 @@ class FrozenLayer(nn.Module):
         shift = 2 ** (7 - self.bits.int() - rise.int()).clamp(0)  # (c_out,)
         sign = torch.where(self.bits == FLOAT, 0, torch.sign(scale)).to(torch.int8)
         codes = quantize.contain(self.codes, self.bits) * (sign * shift).reshape(-1, *[1] * (self.codes.ndim - 1))
-        some = scale.abs().max().clamp(min=quantize.TINY)
+        some = scale.abs().max()
+        some = torch.where(some > 0, some.clamp(min=quantize.TINY), 1)  # no step at all: any
         return codes.to(torch.int8), torch.where(scale == 0, some, scale.abs()) / shift
 
     def forward(self, x: Tensor) -> Tensor:

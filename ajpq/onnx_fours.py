@@ -10,14 +10,17 @@ from __future__ import annotations
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from ajpq.onnx_layers import NARROW
+
 FOUR = 4
 
 
 def fill_fours(model: ModelProto) -> None:
-    """Give every int8 convolution without groups a multiple of four inputs, in place: the same outputs, to the bit.
+    """Give every int8 convolution without groups a multiple of four inputs, in place.
 
-    What is added are zeros that meet zero weights. They come from kernels of zeros, where the input is made by a float
-    depthwise layer (which then has a weight for all pairs), else from a padding of the codes.
+    What is added are zeros that meet zero weights, so integer sums stay equal to the bit. They come from kernels of
+    zeros, where the input is made by a narrow float depthwise layer (which then has a weight for all pairs, and may add
+    up in another order), else from a padding of the codes.
     """
     graph = _Graph(model.graph)
     for number, conv in enumerate([node for node in graph.proto.node if node.op_type == "Conv"]):
@@ -27,12 +30,13 @@ def fill_fours(model: ModelProto) -> None:
         codes = graph.known[weight.input[0]]
         more = -codes.dims[1] % FOUR
         source = graph.quantizer_alone_before(conv)
-        if not more or source is None or graph.readers(weight.input[0]) != [weight]:
+        alone = graph.readers(weight.input[0]) == [weight] and graph.readers(weight.output[0]) == [conv]
+        if not more or source is None or not alone:
             continue
         _grow(codes, more, 1)
         quantizer, values = source
         maker = graph.made.get(quantizer.input[0])
-        if maker is not None and graph.readers(quantizer.input[0]) == [quantizer] and graph.narrow(maker):
+        if maker is not None and graph.narrow(maker) and graph.inner(maker, quantizer):
             graph.make_dense(maker, more)
         else:
             graph.pad_codes(values, more, f"fours_{number}")
@@ -71,13 +75,18 @@ class _Graph:
             found, reader = (codes, values), codes
 
     def narrow(self, node: NodeProto) -> bool:
-        """A depthwise convolution of float weights, with as many kernels as inputs."""
+        """A depthwise convolution of float weights, with as many kernels as inputs, fewer than `NARROW`."""
         if node.op_type != "Conv" or node.input[1] not in self.known:
             return False
         tensors = [name for name in node.input[1:] if name]
         kernels, of_one = self.known[node.input[1]].dims[:2]
         alone = all(name in self.known and self.readers(name) == [node] for name in tensors)
-        return alone and _number(node, "group", 1) == kernels and of_one == 1
+        return alone and _number(node, "group", 1) == kernels < NARROW and of_one == 1
+
+    def inner(self, maker: NodeProto, reader: NodeProto) -> bool:
+        """Whether nothing else reads what the one makes for the other."""
+        name = maker.output[0]
+        return self.readers(name) == [reader] and name not in self.ends
 
     def make_dense(self, node: NodeProto, more: int) -> None:
         weight = numpy_helper.to_array(self.known[node.input[1]])  # (c, 1, kh, kw)

@@ -54,8 +54,11 @@ class _Rewriter:
         """The largest of some codes is one of them: behind a pooling of quantized values the same quantizer changes
         nothing, and runtimes then pool codes, not floats."""
         for node in list(self.net.graph.nodes):
-            if name_of(self.net, node) in MAX_POOLS and node.args[0] in self.grids:
-                grid = self.grids[node.args[0]].whole
+            if name_of(self.net, node) not in MAX_POOLS or getattr(module_of(self.net, node), "return_indices", False):
+                continue
+            source = node.all_input_nodes[0]
+            if source in self.grids:
+                grid = self.grids[source].whole
                 if any(user not in self.grids or self.grids[user].whole != grid for user in node.users):
                     self.put(grid, node)
 

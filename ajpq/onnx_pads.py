@@ -6,7 +6,7 @@ to move, and in front of a quantizer one that runtimes keep in float. A convolut
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from onnx import ModelProto, NodeProto, helper, numpy_helper
@@ -20,8 +20,8 @@ def fold_pads(model: ModelProto) -> None:
     ends = {end.name for end in graph.output}
     for pad in [node for node in graph.node if node.op_type == "Pad"]:
         sides = _sides(pad, known)
-        convs = _convolutions(graph.node, pad.output[0], known) if sides and pad.output[0] not in ends else None
-        if not convs:
+        convs = _convolutions(graph.node, pad.output[0], known, ends) if sides else None
+        if not convs or _between_grids(pad, graph.node):
             continue
         for conv in convs:
             pads = next(a for a in conv.attribute if a.name == "pads")
@@ -49,11 +49,13 @@ def _sides(pad: NodeProto, known: Mapping[str, np.ndarray]) -> list[int] | None:
 
 
 def _convolutions(
-    nodes: Sequence[NodeProto], name: str, known: Mapping[str, np.ndarray], zero: float = 0.0
+    nodes: Sequence[NodeProto], name: str, known: Mapping[str, np.ndarray], ends: Collection[str], zero: float = 0.0
 ) -> list[NodeProto] | None:
     """The convolutions that read a tensor, directly or through quantizers and limits that keep its zeros; None if
-    anything else does. zero: what they are in this tensor."""
+    anything else does, or it is among `ends`. zero: what they are in this tensor."""
     found: list[NodeProto] = []
+    if name in ends:
+        return None
     for node in (node for node in nodes if name in node.input):
         if node.input[0] != name or name in node.input[1:]:
             return None
@@ -61,11 +63,18 @@ def _convolutions(
             behind = [node] if any(a.name == "pads" for a in node.attribute) else None
         else:
             here = _passed(node, zero, known)
-            behind = None if here is None else _convolutions(nodes, node.output[0], known, here)
+            behind = None if here is None else _convolutions(nodes, node.output[0], known, ends, here)
         if behind is None:
             return None
         found += behind
     return found
+
+
+def _between_grids(pad: NodeProto, nodes: Sequence[NodeProto]) -> bool:
+    """Whether the padding keeps two quantizers of different steps apart, which ONNX Runtime would make one of."""
+    before = [node for node in nodes if pad.input[0] in node.output and node.op_type == "DequantizeLinear"]
+    behind = [node for node in nodes if pad.output[0] in node.input and node.op_type == "QuantizeLinear"]
+    return any(a.input[1:] != b.input[1:] for a in before for b in behind)
 
 
 def _passed(node: NodeProto, zero: float, known: Mapping[str, np.ndarray]) -> float | None:

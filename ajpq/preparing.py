@@ -73,17 +73,19 @@ def prepare(cfg: DictConfig, folder: Path, screen: Screen) -> Prepared:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     parts = {name: instantiate(cfg[name], _convert_="all") for name in PARTS}
-    recipes = {name: instantiate(cfg[name], _convert_="all") for name in ("train", "weights", "finetune")}
+    names = ("weights", "finetune") if cfg.checkpoint else ("train", "weights", "finetune")
+    recipes = {name: instantiate(cfg[name], _convert_="all") for name in names}
     sharing.check_settings(**recipes["weights"])
-    for name in ("train", "finetune"):
-        check_settings(**recipes[name])
+    for name in names:
+        if name != "weights":
+            check_settings(**recipes[name])
     check = getattr(getattr(parts["evaluator"], "func", None), "check", None)
     if check is not None:
         check(**parts["evaluator"].keywords)
     check_correction(cfg.correction)
     limits, data = limits_of(cfg.budget), parts["data"]
-    start = recipes["train"].pop("start", None)
-    if weights := cfg.checkpoint or start:
+    start = recipes.get("train", {}).pop("start", None)
+    if weights := cfg.checkpoint or (None if (folder / TRAINED).is_file() else start):
         load_weights(parts["model"], weights)
     model, images = parts["model"].eval(), next(iter(data.calibration))[0]
     with screen.stage("trace"):

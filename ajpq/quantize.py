@@ -105,6 +105,11 @@ def fake_quantize(weight: Tensor, bits: Tensor, scale: Tensor) -> Tensor:
     return torch.where(_per_kernel(bits == FLOAT, weight), weight, (codes + offset) * s)
 
 
+def on_grid(weight: Tensor, lo: Tensor, hi: Tensor, offset: Tensor, scale: Tensor) -> Tensor:
+    """``decode(encode(weight))`` for a grid that is at hand, in the shape that these broadcast to."""
+    return (torch.round(torch.clamp(weight / scale - offset, lo, hi)) + offset) * scale
+
+
 def fit_scale(weight: Tensor, bits: Tensor, candidates: int = 32) -> Tensor:
     """Scale of every kernel that (nearly) minimises its squared quantization error, float32 (c_out,).
 
@@ -125,9 +130,7 @@ def fit_scale(weight: Tensor, bits: Tensor, candidates: int = 32) -> Tensor:
         energy = (q * q).sum(dim=1, keepdim=True)
         s = torch.where(energy > 0, (flat * q).sum(dim=1, keepdim=True) / energy.clamp(min=1e-30), s)
         s = torch.where(s > 0, s, peak / top)
-        error = (
-            (flat - (torch.round(torch.clamp(flat / s - offset, lo, hi)) + offset) * s).square().sum(1, keepdim=True)
-        )
+        error = (flat - on_grid(flat, lo, hi, offset, s)).square().sum(1, keepdim=True)
         best = torch.where(error < least, s, best)
         least = torch.minimum(error, least)
     return best[:, 0]

@@ -141,9 +141,11 @@ def show(report: Mapping[str, Any], console: Console) -> None:
         table.add_column(name, justify=justify)
     metrics, size, budget, metric = report["metrics"], report["bytes"], report["budget"], report["metric"]
     table.add_row(f"{metric} after search (test)", f"{metrics['original']:.4f}", f"{metrics['searched']:.4f}")
-    table.add_row(
-        f"{metric} after fine-tuning (test)", f"{metrics['original']:.4f}", f"{metrics['final']:.4f}", end_section=True
-    )
+    table.add_row(f"{metric} after fine-tuning (test)", f"{metrics['original']:.4f}", f"{metrics['final']:.4f}")
+    whole = report["metrics_in_full"]
+    for other in (name for name in whole["final"] if name != metric):
+        table.add_row(f"{other} after fine-tuning", f"{whole['original'][other]:.4f}", f"{whole['final'][other]:.4f}")
+    table.add_section()
     table.add_row(
         "bytes claimed",
         f"{size['original']:,.0f}",

@@ -69,7 +69,9 @@ def trace(model: nn.Module, example: Tensor) -> Network:
 def _drop_identities(module: fx.GraphModule) -> None:
     """What stands where a batch-norm was folded or dropout left out would hide that a ReLU follows a layer."""
     for node in list(module.graph.nodes):
-        if node.op == "call_module" and isinstance(module.get_submodule(node.target), nn.Identity):
+        if node.op != "call_module" or not isinstance(module.get_submodule(node.target), nn.Identity):
+            continue
+        if [*node.args, *node.kwargs.values()] == node.all_input_nodes:  # of one value, and no more
             node.replace_all_uses_with(node.all_input_nodes[0])
             module.graph.erase_node(node)
     module.recompile()

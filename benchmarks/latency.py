@@ -8,7 +8,7 @@ each padded as model.onnx is and in turns with the original. A policy prunes eve
 its layers have 8 bits, as fewer take the same time, and with --floats a random share of them float32, which no search
 chooses. Of every predictor it prints the Spearman correlation with the measured time, as a ratio to the original's in
 the same turns, and the median relative error of that ratio; for the table also the error of its milliseconds.
-FOLDER/NETWORK.jsonl has a line per policy; a run goes on.
+FOLDER/NETWORK.jsonl (with --floats NETWORK.floats.jsonl) has a line per policy; a run goes on.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def study(name: str, args: argparse.Namespace) -> None:
     ranges = calibrate(network, [(noise(shape, 8), None)])
     whole = CompressionPolicy.homogeneous(network)
     original = device.start(Subject(images.numpy(), float_onnx(network.module, images)))
-    record = path.with_suffix(".jsonl")
+    record = path.with_suffix(".floats.jsonl" if args.floats else ".jsonl")
     rows = [json.loads(line) for line in record.read_text().splitlines()] if record.is_file() else []
     for seed in range(len(rows), args.policies):
         policy = drawn(network, np.random.default_rng(seed), args.round, args.floats)

@@ -263,12 +263,12 @@ def test_a_layer_that_only_reads_zeros_is_no_accident():
 
 @pytest.mark.parametrize("bits", [2, 8])
 def test_a_kernel_that_its_bias_drowns_is_no_reason_to_leave_integers(bits: int) -> None:
-    """As in MobileNetV1 with folded batch-norms: a switched-off channel has weights of 1e-7 and a bias of -2."""
+    """As in MobileNetV1 with folded batch-norms: a switched-off channel has weights of 1e-5 and a bias of -2."""
     torch.manual_seed(0)
     layer = nn.Conv2d(3, 6, 3)
     with torch.no_grad():
-        layer.weight[2] *= 1e-6
-        layer.bias[2] = -2.0
+        layer.weight[2] *= 1e-4
+        layer.bias[2] = -4.0
     images = torch.rand(16, 3, 8, 8)
     network = trace(nn.Sequential(layer, nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 4)).eval(), images)
     policy = CompressionPolicy.homogeneous(network, bits, 8)
@@ -280,4 +280,35 @@ def test_a_kernel_that_its_bias_drowns_is_no_reason_to_leave_integers(bits: int)
     with torch.no_grad():
         theirs = student.get_submodule("0")(images)
         torch.testing.assert_close(found(images), theirs, rtol=1e-3, atol=1e-3)
-        assert (found(images)[:, 2] == found.shift[2]).all() and found.shift[2] == pytest.approx(-2, rel=1e-3)
+        assert (found(images)[:, 2] == found.shift[2]).all() and found.shift[2] == pytest.approx(-4, rel=1e-3)
+
+
+@pytest.mark.parametrize(("small", "bias"), [(3e-4, 12.0), (1e-3, 24.0), (1e-2, 200.0)])
+def test_a_bias_that_is_taken_away_again_drowns_no_kernel(small: float, bias: float) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 8, 1)
+    with torch.no_grad():
+        layer.weight[:4] *= small
+        layer.bias[:4] = bias
+    images = torch.rand(16, 3, 8, 8)
+    net = nn.Sequential(layer, nn.InstanceNorm2d(8, eps=1e-12), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64, 4)).eval()
+    network = trace(net, images)
+    policy = CompressionPolicy.homogeneous(network, 8, 8)
+    student = compress(network, policy, calibrate(network, [(images, None)]))
+    final = freeze(student)
+    assert (final.get_submodule("0").scale > 0).all()
+    assert relative(final, student, images) < 0.1
+
+
+def test_a_layer_of_drowned_kernels_only_stays_in_integers() -> None:
+    layer = nn.Conv2d(3, 4, 1)
+    with torch.no_grad():
+        layer.weight *= 1e-4
+        layer.bias.fill_(-4.0)
+    images = torch.rand(8, 3, 8, 8)
+    network = trace(nn.Sequential(layer, nn.ReLU(), nn.Flatten(), nn.Linear(4 * 64, 4)).eval(), images)
+    policy = CompressionPolicy.homogeneous(network, 8, 8)
+    final = freeze(compress(network, policy, calibrate(network, [(images, None)])))
+    found = final.get_submodule("0")
+    assert found.whole_bias is not None and not found.codes.any()
+    torch.testing.assert_close(found(images), torch.full((8, 4, 8, 8), -4.0), rtol=1e-3, atol=0)

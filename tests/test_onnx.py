@@ -165,6 +165,19 @@ def test_codes_are_pooled_where_two_quantizers_read_a_layer(tmp_path: Path) -> N
     assert np.abs(found - ours).max() <= 0.05 * np.abs(ours).max(), "codes that the last bit of a scale tips over"
 
 
+@pytest.mark.parametrize("how", ["indices", "keyword"])
+def test_poolings_of_other_forms_are_exported(how: str, tmp_path: Path) -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        y = torch.relu(m.a(x))
+        y = m.p(y)[0] if how == "indices" else m.p(input=y)
+        return m.b(y).flatten(1) + m.c(y).flatten(1)
+
+    pool = nn.MaxPool2d(2, return_indices=how == "indices")
+    network, images = traced(forward, a=conv(3, 8), b=conv(8, 4), c=conv(8, 4), p=pool), torch.randn(4, 3, 8, 8)
+    found, _ = run(to_onnx(frozen(network, images, sparsity=0, widths=(8,), act_bits=(8,)), images), images, tmp_path)
+    assert np.isfinite(found).all() and found.any()
+
+
 def test_layers_that_are_not_integers_stay_float(tmp_path: Path) -> None:
     network = traced(lambda m, x: m.c(m.b(m.a(x).relu()).relu()), a=conv(3, 6), b=conv(6, 6), c=conv(6, 4))
     images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2))
@@ -335,6 +348,7 @@ def test_the_table_says_what_was_seen(ran: bool) -> None:
         "metric": "accuracy", "metrics": {"original": 0.9, "searched": 0.7, "final": 0.88}, "onnx": onnx,
         "bytes": {"original": 1000, "claimed": 100, "on_disk": 99}, "costs": {}, "budget": {}, "differences": {},
         "seconds": {}, "evaluations": 3,
+        "metrics_in_full": {"original": {"accuracy": 0.9, "map50": 0.8}, "final": {"accuracy": 0.88, "map50": 0.76}},
     }  # fmt: skip
     console = Console(width=80)
     with console.capture() as captured:
@@ -346,3 +360,4 @@ def test_the_table_says_what_was_seen(ran: bool) -> None:
         ["same class as packed, of 1,000", "", "0.9972", "", ""],
     ]
     assert any(row[0] == "bytes of model.onnx, int8" for row in rows)
+    assert ["map50 after fine-tuning", "0.8000", "0.7600", "", ""] in rows

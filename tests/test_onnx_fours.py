@@ -93,6 +93,51 @@ def test_several_readers(alike: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.array_equal(outputs(plain, images), outputs(ours, images))
 
 
+class Twice(nn.Module):
+    """A convolution of six inputs that runs twice: its weights grow for both or for none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.relu(self.b(F.relu(self.a(x))))).flatten(1)
+
+
+class Seen(nn.Module):
+    """What a narrow depthwise layer gives is an output, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 3, 3, groups=3), nn.Conv2d(3, 8, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.a(x)
+        return self.b(y), y
+
+
+@pytest.mark.parametrize("net", [Twice(), Seen()])
+def test_what_others_read_stays(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.randn(4, 3, 10, 10)
+    final = finished(net, images)
+    plain, ours = without(monkeypatch, final, images), onnx.load_from_string(to_onnx(final, images))
+    onnx.checker.check_model(ours, full_check=True)
+    assert np.array_equal(outputs(plain, images), outputs(ours, images))
+
+
+def test_a_wide_float_depthwise_layer_stays_depthwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.randn(4, 4, 10, 10)
+    net = nn.Sequential(nn.Conv2d(4, 30, 1), nn.Conv2d(30, 30, 3, groups=30), nn.Conv2d(30, 8, 1), nn.Flatten())
+    network = trace(net.eval(), images)
+    policy = CompressionPolicy.homogeneous(network, 8, 8)
+    widths = {name: np.full_like(bits, 32) if name == "1" else bits for name, bits in policy.weight_bits.items()}
+    policy = CompressionPolicy(widths, policy.act_bits)
+    final = freeze(compress(network, policy, calibrate(network, [(images, None)])))
+    plain, ours = without(monkeypatch, final, images), onnx.load_from_string(to_onnx(final, images))
+    assert inputs_of_convolutions(ours) == [(4, 1), (1, 30), (32, 1)]
+    assert np.array_equal(outputs(plain, images), outputs(ours, images))
+
+
 def test_float_networks_and_layers_with_groups_stay() -> None:
     images = torch.randn(4, 6, 8, 8)
     net = nn.Sequential(nn.Conv2d(6, 6, 3, groups=2), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=6), nn.Flatten())

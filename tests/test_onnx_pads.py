@@ -13,6 +13,7 @@ from ajpq import models
 from ajpq.calibration import calibrate
 from ajpq.compression import compress, freeze
 from ajpq.onnx_export import float_onnx, to_onnx
+from ajpq.onnx_graph import integer_graph
 from ajpq.policy import CompressionPolicy
 from ajpq.tracing import trace
 
@@ -81,6 +82,46 @@ def test_padding_of_tensorflow_is_no_node_of_an_int8_file(bits: int) -> None:
     with torch.no_grad():
         ours = final(images)
     assert (run(model, images) - ours).abs().max() <= 0.05 * ours.abs().max()
+
+
+def test_what_is_put_out_keeps_its_shape() -> None:
+    class Seen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = F.relu6(F.pad(x, [0, 1, 0, 1]))
+            return self.conv(x), x
+
+    model, x = float_onnx(Seen().eval(), torch.randn(2, 3, 8, 8)), torch.randn(2, 3, 8, 8)
+    assert "Pad" in kinds(model)
+    onnx.checker.check_model(onnx.load_from_string(model), full_check=True)
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    assert session.run(None, {"images": x.numpy()})[1].shape == (2, 3, 9, 9)
+
+
+def test_a_padding_keeps_quantizers_of_different_steps_apart() -> None:
+    """Side by side, ONNX Runtime would make one of them, and round otherwise."""
+
+    class Apart(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 3, 3), nn.Conv2d(6, 3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.pad(F.relu(self.a(x)), [1, 0, 0, 2])
+            return self.b(y).flatten(1) + self.c(y).flatten(1)
+
+    torch.manual_seed(0)
+    net, images = Apart().eval(), torch.randn(8, 3, 10, 10)
+    network = trace(net, images)
+    ranges = calibrate(network, [(images, None)])
+    final = freeze(compress(network, CompressionPolicy.homogeneous(network, 8, 8), ranges))
+    with torch.no_grad():
+        told = integer_graph(final, images)(images)
+    found = run(to_onnx(final, images), images)
+    assert (found - told).abs().max() <= 1e-5 * told.abs().max()
 
 
 def test_a_channel_padded_too_is_no_padding_of_pixels() -> None:

@@ -711,3 +711,28 @@ def test_errors_are_one_sentence():
 def test_an_unknown_layer_name_is_told():
     with pytest.raises(AjpqError, match="no 'layer9'.*conv1"):
         network_of("digits_cnn")["layer9"]
+
+
+def test_identities_go_where_they_are_of_one_value():
+    class Net(nn.Module):
+        def __init__(self, how):
+            super().__init__()
+            self.a, self.b, self.id, self.how = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.Identity(), how
+
+        def forward(self, x):
+            if self.how == "pair":
+                u, v = self.id((self.a(x), self.b(x)))
+                return u - 2 * v
+            if self.how == "list":
+                return torch.cat(self.id([self.a(x), self.b(x)]), 1)
+            if self.how == "number":
+                return self.a(x) * self.id(2.0)
+            return self.id(F.relu(self.id(input=self.a(self.id(x)))))
+
+    x = torch.randn(2, 3, 8, 8)
+    for how, left in (("pair", 1), ("list", 1), ("number", 1), ("values", 0)):
+        net = Net(how).eval()
+        network = trace(net, x)
+        with torch.no_grad():
+            assert torch.equal(network.module(x), net(x)), how
+        assert sum(node.target == "id" for node in network.module.graph.nodes) == left, how
