@@ -91,7 +91,9 @@ class _Rewriter:
 
     def finished(self) -> fx.GraphModule:
         for node, grid in self.grids.items():
-            self.net.set_submodule(node.target, Quantizer(grid))
+            before = self.grids.get(node.args[0])
+            apart = before is not None and (before.step, before.zero) != (grid.step, grid.zero)
+            self.net.set_submodule(node.target, Quantizer(grid, apart))
         self.net.delete_all_unused_submodules()
         self.net.recompile()
         return self.net

@@ -42,11 +42,15 @@ class Grid:
 
 
 class Quantizer(nn.Module):
-    """x -> the nearest values of the grid."""
+    """x -> the nearest values of the grid.
 
-    def __init__(self, grid: Grid) -> None:
+    apart: a Clip stands behind QuantizeLinear even if it limits nothing. ONNX Runtime makes one quantizer of two in a
+    row (its DoubleQDQPairsRemover), which rounds otherwise where their steps differ; this keeps them two.
+    """
+
+    def __init__(self, grid: Grid, apart: bool = False) -> None:
         super().__init__()
-        self.grid = grid
+        self.grid, self.limited = grid, apart or grid != grid.whole
         self.register_buffer("step", torch.tensor(grid.step))
         for name in ("zero", "low", "high"):
             self.register_buffer(name, torch.tensor(getattr(grid, name), dtype=torch.uint8))
@@ -55,7 +59,7 @@ class Quantizer(nn.Module):
         if not torch.compiler.is_exporting():
             return torch.fake_quantize_per_tensor_affine(x, self.step, self.zero.int(), self.grid.low, self.grid.high)
         codes = _op("QuantizeLinear", (x, self.step, self.zero), torch.uint8, x.shape)
-        if self.grid != self.grid.whole:
+        if self.limited:
             codes = _op("Clip", (codes, self.low, self.high), torch.uint8, x.shape)
         return _op("DequantizeLinear", (codes, self.step, self.zero), torch.float32, x.shape)
 
