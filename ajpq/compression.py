@@ -12,6 +12,7 @@ from ajpq.bank import WeightBank
 from ajpq.calibration import Calibration, range_of
 from ajpq.layers import ActQuant, ChannelAffine, FrozenLayer, Geometry, QuantLayer
 from ajpq.network import Network
+from ajpq.outputs import module_of, name_of
 from ajpq.policy import CompressionPolicy
 from ajpq.quantize import FLOAT
 from ajpq.surgery import shrink
@@ -139,12 +140,10 @@ def _silence(network: fx.GraphModule) -> None:
     """Make kernels zero, in place, that are so fine that their bias is no 32-bit integer of their steps, where their
     sums stay below half a step of it in float16, as trained networks have where a batch-norm has switched a channel
     off: they would keep their whole layer in float. Not where a norm might take the bias away again."""
-    calls = [(n, network.get_submodule(n.target)) for n in network.graph.nodes if n.op == "call_module"]
-    if any(isinstance(part, ChannelAffine) or "norm" in ops.name_of(node, part) for node, part in calls):
+    nodes = [(node, module_of(network, node)) for node in network.graph.nodes]
+    if any(isinstance(part, ChannelAffine) or "norm" in name_of(network, node) for node, part in nodes):
         return
-    if any("norm" in ops.name_of(n, None) for n in network.graph.nodes if n.op in ("call_function", "call_method")):
-        return
-    for node, old in calls:
+    for node, old in nodes:
         if not isinstance(old, FrozenLayer) or old.bias is None or old.unit is None or old.whole_bias is not None:
             continue
         top = max(map(abs, quantize.act_range(old.act.bits, old.act.signed))) * quantize.usable(old.act.scale.abs())
