@@ -6,6 +6,7 @@ import numpy as np
 
 from agents.genes import Account, Genome
 from agents.uniform import STEP, homogeneous_within, nothing_fits, spread
+from ajpq.policy import CompressionPolicy
 from ajpq.problem import Problem, SearchResult
 
 
@@ -23,18 +24,28 @@ class FilledUniform:
         self.evaluations, self.step = evaluations, step
 
     def search(self, problem: Problem) -> SearchResult:
+        found = self._few(problem, self.evaluations - problem.evaluations)
+        if found is None:
+            raise nothing_fits(problem)
+        problem.score_all(found)
+        return problem.result()
+
+    def policies(self, problem: Problem) -> list[CompressionPolicy]:
+        """Those that `search` scores first; none where no homogeneous one meets the budgets."""
+        return self._few(problem, self.evaluations) or []
+
+    def _few(self, problem: Problem, n: int) -> list[CompressionPolicy] | None:
         genome, found = Genome(problem.space), homogeneous_within(problem, self.step)
         if not found:
-            raise nothing_fits(problem)
+            return None
         orders = (_by_importance, _forwards, _backwards)
         pairs = [(point, order) for order in orders for point in found]
         policies = []
-        for point, order in spread(pairs, self.evaluations - problem.evaluations):
+        for point, order in spread(pairs, n):
             account = Account(genome, problem.budget, point.values(genome))
             account.fill(order(account))
             policies.append(genome.policy(account.values))
-        problem.score_all(policies)
-        return problem.result()
+        return policies
 
 
 def _forwards(account: Account) -> list[int]:

@@ -15,6 +15,7 @@ class Given:
     """
 
     evaluations = 1
+    searches = False  # what is given is not to be replaced
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)

@@ -62,16 +62,24 @@ class Uniform:
     """For every width, the least sparsity (in steps of `step`, the same in every space) that meets all budgets; the
     best of them.
 
-    evaluations: at most so many policies are scored, evenly spaced between the widest and the narrowest.
+    evaluations: at most so many policies are scored, evenly spaced between the widest and the narrowest. Also a control
+    (`ajpq.control`) of other searches.
     """
 
     def __init__(self, evaluations: int = 100, step: float = STEP) -> None:
         self.evaluations, self.step = evaluations, step
 
     def search(self, problem: Problem) -> SearchResult:
-        found = homogeneous_within(problem, self.step)
-        if not found:
+        found = self._few(problem, self.evaluations - problem.evaluations)
+        if found is None:
             raise nothing_fits(problem)
-        left = self.evaluations - problem.evaluations
-        problem.score_all([point.policy(problem) for point in spread(found, left)])
+        problem.score_all(found)
         return problem.result()
+
+    def policies(self, problem: Problem) -> list[CompressionPolicy]:
+        """Those that `search` scores first; none where none meets the budgets."""
+        return self._few(problem, self.evaluations) or []
+
+    def _few(self, problem: Problem, n: int) -> list[CompressionPolicy] | None:
+        found = homogeneous_within(problem, self.step)
+        return [point.policy(problem) for point in spread(found, n)] if found else None

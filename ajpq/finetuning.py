@@ -47,14 +47,17 @@ def finetune(
     activations: how their quantizers learn, "lsq" (step sizes) or "pact" (clipping values).
     features: the weight of their distillation, see `Features`; above 0 it needs a teacher and `kept`, from
         `features.survivors`.
-    norm_batches: batch-norms are re-estimated on so many batches before the first and after the last step.
+    norm_batches: batch-norms are re-estimated on so many batches before the first and after the last step. 0: they keep
+        their means and variances throughout, as the student came with them, and learn scale and shift alone: for
+        students that have been fitted to the original (`reconstruct`) where a few hundred images of a few scenes tell
+        statistics badly.
     training: further keywords of `training.fit`. epochs=0 only re-estimates and finishes.
 
-    After an interrupt the student has its final widths. Raises AjpqError as `fit` does.
+    After an interrupt the student has its final widths and statistics. Raises AjpqError as `fit` does.
     """
     check_settings(
         epochs=epochs, lr=lr, lowering=lowering, lift=lift, activations=activations, features=features,
-        distillation=teacher is not None, **training,
+        distillation=teacher is not None, norm_batches=norm_batches, **training,
     )  # fmt: skip
     draw_alike()
     inner = None
@@ -67,18 +70,26 @@ def finetune(
         inner = Features(student, teacher, kept, features)
     if activations == "pact":
         use_pact(student)
-    recalibrate(student, islice(train, norm_batches))
+    if norm_batches:
+        recalibrate(student, islice(train, norm_batches))
     quantize_outputs(student, next(iter(train))[0])
     if epochs:
         lower = Lowering(student, lowering, lift) if lowering else None
         try:
             fit(
                 student, train, epochs=epochs, lr=lr, teacher=teacher, features=inner, change=lower, on_epoch=on_epoch,
-                seed=seed, **training,
+                frozen_norms=not norm_batches, seed=seed, **training,
             )  # fmt: skip
-        finally:
-            if lower is not None:
-                lower.finish()
-        recalibrate(student, islice(train, norm_batches))
+        except KeyboardInterrupt:
+            _finish(student, lower, train, norm_batches)
+            raise
+        _finish(student, lower, train, norm_batches)
         spread(student)
     return freeze(student)
+
+
+def _finish(student: fx.GraphModule, lower: Lowering | None, train: Batches, norm_batches: int) -> None:
+    if lower is not None:
+        lower.finish()
+    if norm_batches:
+        recalibrate(student, islice(train, norm_batches))

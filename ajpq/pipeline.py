@@ -16,6 +16,7 @@ from torch import fx
 from ajpq import report as reporting
 from ajpq.compression import freeze
 from ajpq.console import Screen
+from ajpq.control import Comparison, Control, search_beside
 from ajpq.data import take
 from ajpq.errors import AjpqError
 from ajpq.features import survivors
@@ -34,7 +35,7 @@ from ajpq.searching import search_in
 from ajpq.shipping import load, ship
 from ajpq.snapshot import STATE, check_same, fingerprint, keep
 from ajpq.speed import check_timing, measured
-from ajpq.training import measure, recalibrate
+from ajpq.training import measure
 
 TUNING = "finetune.pt"  # state of the fine-tuning, after every epoch
 ONNX_IMAGES = 128  # of the calibration split, for the ranges of residual sums
@@ -52,13 +53,14 @@ def run(cfg: DictConfig, folder: Path) -> None:
     """
     screen = Screen()
     backend = instantiate(cfg.search, _convert_="all")  # its errors come before anything is spent
+    control = instantiate(cfg.control, _convert_="all") or None
     check_timing(cfg.timing)
     check_multiple(cfg.onnx_multiple)
     _check_folder(folder, resumed=cfg.resume is not None)
     job = prepare(cfg, folder, screen)
     data, model, network, problem = job.data, job.model, job.network, job.problem
     try:
-        result = _search(cfg, folder, screen, job, backend)
+        result, comparison = _search(cfg, folder, screen, job, backend, control)
     except KeyboardInterrupt:
         if problem.best is not None:
             write_text(folder / "policy.json", problem.best.policy.to_json())
@@ -85,7 +87,6 @@ def run(cfg: DictConfig, folder: Path) -> None:
                 on_epoch=epochs(advance),
             )
     except KeyboardInterrupt:
-        recalibrate(student, data.calibration)
         ship(freeze(student), folder)
         raise
     path, onnx = _shipped(cfg, job, result.policy, final, folder, screen)
@@ -112,6 +113,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
         "costs": costs,
         "budget": problem.budget.limits,
         "search_score": asdict(result.score),
+        "control": None if comparison is None else comparison.to_json(),
         "evaluations": result.evaluations,
         "seconds": screen.seconds,
         "seed": cfg.seed,
@@ -168,7 +170,9 @@ def _check_folder(folder: Path, resumed: bool) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _search(cfg: DictConfig, folder: Path, screen: Screen, job: Prepared, backend: SearchBackend) -> SearchResult:
+def _search(
+    cfg: DictConfig, folder: Path, screen: Screen, job: Prepared, backend: SearchBackend, control: Control | None
+) -> tuple[SearchResult, Comparison | None]:
     now = fingerprint(OmegaConf.to_container(cfg, resolve=True), job, backend)
     if (folder / SEARCH).is_file() or (folder / RECORD).is_file():
         check_same(now, folder)
@@ -176,5 +180,5 @@ def _search(cfg: DictConfig, folder: Path, screen: Screen, job: Prepared, backen
         keep(now, folder)
     return search_in(
         folder, job.problem, backend, seed=cfg.seed, evaluations=getattr(backend, "evaluations", None) or 0,
-        screen=screen, tensorboard=cfg.tensorboard,
+        screen=screen, tensorboard=cfg.tensorboard, run=lambda problem, search: search_beside(problem, search, control),
     )  # fmt: skip

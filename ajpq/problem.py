@@ -80,6 +80,9 @@ class SearchBackend(Protocol):
         state_dict() -> dict            all that changes during `search`: tensors, numpy arrays, plain data
         load_state_dict(state) -> None  called before `search`; problem.history is then what it was at `state_dict`
         problem.save(self)              called by `search` between batches, when the state is whole
+
+    One that scores a policy which is given and must not be replaced by a better one (`ajpq.control`) says so by a class
+    attribute, searches = False.
     """
 
     def search(self, problem: Problem) -> SearchResult: ...

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ajpq import control
 from ajpq.bootstrap import Paired, paired
 from ajpq.network import Network
 from ajpq.policy import CompressionPolicy
@@ -188,5 +189,7 @@ def show(report: Mapping[str, Any], console: Console) -> None:
     if report["onnx"] is not None and report["onnx"]["timing"] is not None:
         for line in told(report["onnx"]["timing"], report["onnx"]["claimed"]):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if report["control"] is not None:
+        console.print(control.told(report["control"]), highlight=False, markup=False, soft_wrap=True)
     spent = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report["seconds"].items())
     console.print(f"{report['evaluations']} evaluations; seconds: {spent}", highlight=False)

@@ -15,12 +15,14 @@ from torch.nn import functional as F
 from agents.evolution import NSGA2, _Evolution
 from agents.filled_uniform import FilledUniform
 from agents.genes import Account, Genome
+from agents.given import Given
 from agents.hill_climbing import HillClimbing
 from agents.linear_program import LinearProgram, allocate
 from agents.random_search import RandomSearch
 from agents.sensitivity import measured_sensitivity, weight_sensitivity
 from agents.uniform import Uniform, homogeneous_within
 from ajpq import quantize
+from ajpq.control import search_beside, told
 from ajpq.errors import AjpqError
 from ajpq.network import Network
 from ajpq.policy import CompressionPolicy
@@ -406,3 +408,50 @@ def test_lp_follows_what_was_measured():
 def test_lp_refuses_an_unknown_sensitivity():
     with pytest.raises(AjpqError, match="'weights' or 'measured', but it is 'hessian'"):
         LinearProgram(sensitivity="hessian")
+
+
+# -- beside a search --------------------------------------------------------------------------------------------------
+
+
+def better(policy: CompressionPolicy) -> float:
+    """Uniform policies are the best there are: minus the spread of the widths of surviving kernels."""
+    bits = np.concatenate([b[b > 0] for b in policy.weight_bits.values()])
+    return 1 / (1 + float(bits.std()))
+
+
+def test_a_search_that_its_control_beats_returns_the_control():
+    problem = on("size", evaluator=better)
+    result, found = search_beside(problem, RandomSearch(evaluations=5, seed=0), Uniform(evaluations=3))
+    assert found.lost and found.policies == 3 and found.control == "Uniform"
+    assert found.own == max((e.score for e in problem.history[:5]), key=lambda score: score.reward)
+    assert found.other.reward == result.score.reward > found.own.reward
+    assert result.evaluations == 8 and result.policy.digest() in {e.policy.digest() for e in problem.history[5:]}
+    assert "the control's policy was taken" in told(found.to_json())
+
+
+def test_a_search_that_beats_its_control_returns_its_own():
+    problem = on("size")
+    result, found = search_beside(problem, HillClimbing(evaluations=60, seed=0), Uniform(evaluations=3))
+    alone = HillClimbing(evaluations=60, seed=0).search(on("size"))
+    assert not found.lost and result.policy.digest() == alone.policy.digest() and found.own == alone.score
+    assert found.other.reward < found.own.reward and "taken" not in told(found.to_json())
+
+
+def test_given_policies_and_jobs_without_a_control_are_not_compared(tmp_path):
+    problem = on("size", evaluator=better)
+    policy = RandomSearch(evaluations=1, seed=0).search(problem).policy
+    (tmp_path / "policy.json").write_text(policy.to_json())
+    for backend, control in ((Given(tmp_path / "policy.json"), Uniform()), (RandomSearch(1, seed=0), None)):
+        again = on("size", evaluator=better)
+        result, found = search_beside(again, backend, control)
+        assert found is None and again.evaluations == 1 and result.policy.digest() == policy.digest()
+
+
+def test_a_control_without_a_policy_within_budget_is_said():
+    class Nothing:
+        def policies(self, problem):
+            return []
+
+    result, found = search_beside(on("size"), RandomSearch(evaluations=2, seed=0), Nothing())
+    assert found.other is None and not found.lost and result.score == found.own
+    assert told(found.to_json()).endswith("of Nothing, its control, no policy meets the budget")

@@ -18,11 +18,12 @@ from ajpq.finetuning import finetune
 from ajpq.layers import ActQuant, Geometry, QuantLayer
 from ajpq.lowering import Lowering
 from ajpq.onnx_export import to_onnx
+from ajpq.outputs import quantize_outputs
 from ajpq.pact import PactQuant, use_pact
 from ajpq.padding import pad
 from ajpq.recipe import check_settings
 from ajpq.shipping import load, ship
-from ajpq.training import fit
+from ajpq.training import fit, recalibrate
 
 NETWORK = network_of("digits_cnn")
 POLICY = random_policy(NETWORK, 0, sparsity=0.3, act_bits=(3, 4))
@@ -39,6 +40,45 @@ def quantized(module):
 
 def widths(module):
     return torch.cat([part.bits for part in quantized(module).values()])
+
+
+# -- batch-norms -------------------------------------------------------------------------------------------------------
+
+
+def statistics(module):
+    return [t.clone() for name, t in module.named_buffers() if "running" in name]
+
+
+def test_batch_norms_keep_their_statistics_and_learn_scale_and_shift_without_norm_batches():
+    net, other = student(), student()
+    before = statistics(net)
+    gains = [m.weight.clone() for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    finetune(net, BATCHES, epochs=2, lr=0.05, norm_batches=0)
+    assert before and all(map(torch.equal, statistics(net), before))
+    learned = [m.weight for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert not any(torch.equal(a, b) for a, b in zip(gains, learned, strict=True))
+    finetune(other, BATCHES, epochs=2, lr=0.05, norm_batches=4)
+    assert not any(map(torch.equal, statistics(other), before))
+
+
+def test_without_norm_batches_and_steps_nothing_changes():
+    net = student()
+    x = BATCHES[0][0]
+    reference = copy.deepcopy(net)
+    quantize_outputs(reference, x)
+    assert torch.equal(finetune(net, BATCHES, epochs=0, norm_batches=0)(x), freeze(reference)(x))
+
+
+def test_an_interrupt_leaves_re_estimated_statistics():
+    def stop(epoch, row):
+        raise KeyboardInterrupt
+
+    net = student()
+    with pytest.raises(KeyboardInterrupt):
+        finetune(net, BATCHES, epochs=4, lr=0.01, norm_batches=2, on_epoch=stop)
+    again = copy.deepcopy(net)
+    recalibrate(again, BATCHES[:2])
+    assert all(map(torch.equal, statistics(net), statistics(again)))
 
 
 # -- lowering ---------------------------------------------------------------------------------------------------------

@@ -26,7 +26,15 @@ from ajpq.policy import CompressionPolicy
 from ajpq.shipping import load
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICK = ["train.epochs=6", "search.evaluations=12", "finetune.epochs=6", "threads=1", "onnx=false", "hydra.run.dir=run"]
+QUICK = [
+    "train.epochs=6",
+    "search.evaluations=12",
+    "control.evaluations=2",
+    "finetune.epochs=6",
+    "threads=1",
+    "onnx=false",
+    "hydra.run.dir=run",
+]
 
 
 # A shell that starts jobs in the background lets them ignore SIGINT, and their children inherit that.
@@ -79,7 +87,8 @@ def test_report_has_what_is_promised_and_adds_up(job):
     assert report["onnx"]["bytes"] == (folder / "model.onnx").stat().st_size < report["onnx"]["original_bytes"] / 3
     assert report["onnx"]["metric"] == pytest.approx(report["metrics"]["final"], abs=0.03)
     assert report["onnx"]["agreement"] >= 0.99 and report["onnx"]["images"] == 360 and "same class as packed" in out
-    assert report["evaluations"] == 12 == len((folder / "evaluations.jsonl").read_text().splitlines())
+    assert report["control"]["policies"] == 2 and not report["control"]["lost"] and "policies of Uniform" in out
+    assert report["evaluations"] == 12 + 2 == len((folder / "evaluations.jsonl").read_text().splitlines())
     assert {"train", "search", "fine-tune", "ship", "test"} <= set(report["seconds"])
     assert report["seed"] == 0 and torch.__version__.startswith(report["versions"]["torch"])
     assert "accuracy after fine-tuning" in out and "best" in out and str(folder.name) in out
