@@ -1,4 +1,4 @@
-"""How a training steps: SGD over three kinds of parameters, and a learning rate that rises and falls."""
+"""How a training steps: three kinds of parameters, SGD or Adam, and a learning rate that rises and falls."""
 
 from __future__ import annotations
 
@@ -9,11 +9,19 @@ from torch import nn
 
 from ajpq.errors import AjpqError
 
+OPTIMIZERS = ("sgd", "adam")
 
-def sgd(model: nn.Module, lr: float, momentum: float, weight_decay: float, scale_lr: float) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum over three groups, whose `factor` their learning rates are multiplied by. Parameters
-    of two or more dimensions decay, and those whose name ends in "clip"; those whose name ends in "scale" have the
-    factor `scale_lr`. Raises AjpqError if nothing can be trained."""
+
+def optimizer_of(
+    kind: str, model: nn.Module, lr: float, momentum: float, weight_decay: float, scale_lr: float
+) -> torch.optim.Optimizer:
+    """Of kind "sgd", with Nesterov momentum, or "adam": AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), where
+    `momentum` is the first of two decay rates.
+
+    Both over three groups, whose `factor` their learning rates are multiplied by. Parameters of two or more dimensions
+    decay, and those whose name ends in "clip"; those whose name ends in "scale" have the factor `scale_lr`. Raises
+    AjpqError if nothing can be trained.
+    """
     groups: dict[str, dict] = {
         "decayed": {"params": [], "weight_decay": weight_decay, "factor": 1.0},
         "plain": {"params": [], "weight_decay": 0.0, "factor": 1.0},
@@ -22,14 +30,16 @@ def sgd(model: nn.Module, lr: float, momentum: float, weight_decay: float, scale
     for name, p in model.named_parameters():
         if p.requires_grad:
             decayed = p.ndim > 1 or name.endswith("clip")
-            kind = "scales" if name.endswith("scale") else "decayed" if decayed else "plain"
-            groups[kind]["params"].append(p)
+            group = "scales" if name.endswith("scale") else "decayed" if decayed else "plain"
+            groups[group]["params"].append(p)
     filled = [group for group in groups.values() if group["params"]]
     if not filled:
         raise AjpqError(
             "Training needs at least one parameter that requires a gradient, but the model has none: "
             "unfreeze it or use epochs=0."
         )
+    if kind == "adam":
+        return torch.optim.AdamW(filled, lr=lr, betas=(momentum, 0.999))
     return torch.optim.SGD(filled, lr=lr, momentum=momentum, nesterov=momentum > 0)
 
 

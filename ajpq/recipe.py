@@ -7,24 +7,26 @@ import math
 import torch
 
 from ajpq.errors import AjpqError
+from ajpq.optimizer import OPTIMIZERS
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ACTIVATIONS = ("lsq", "pact")
 
 
 def check_settings(
-    *, epochs: int = 0, lr: float = 0.1, warmup: float = 0.1, temperature: float = 4.0, distill: float = 0.5,
-    clip_grad: float | None = None, precision: str = "float32", accumulate: int = 1, ema: float | None = None,
-    max_skips: int = 10, lowering: float = 0.0, lift: int = 2, activations: str = "lsq", features: float = 0.0,
-    norm_batches: int = 0, distillation: bool = True, **others,
+    *, epochs: int = 0, lr: float = 0.1, optimizer: str = "sgd", momentum: float = 0.9, warmup: float = 0.1,
+    temperature: float = 4.0, distill: float = 0.5, clip_grad: float | None = None, precision: str = "float32",
+    accumulate: int = 1, ema: float | None = None, max_skips: int = 10, lowering: float = 0.0, lift: int = 2,
+    activations: str = "lsq", features: float = 0.0, norm_batches: int = 0, distillation: bool = True, **others,
 ) -> None:  # fmt: skip
     """Raise AjpqError where `fit` or `finetune` would not take these settings; for callers that want to know before
     they spend time. distillation: whether there is a teacher.
     """
     rules = {
         "epochs >= 0": (epochs, epochs >= 0), "0 < lr < inf": (lr, 0 < lr < math.inf),
-        "0 <= warmup < 1": (warmup, 0 <= warmup < 1), "temperature > 0": (temperature, temperature > 0),
-        "0 <= distill <= 1": (distill, 0 <= distill <= 1),
+        f"optimizer in ({', '.join(OPTIMIZERS)})": (optimizer, optimizer in OPTIMIZERS),
+        "0 <= momentum < 1": (momentum, 0 <= momentum < 1), "0 <= warmup < 1": (warmup, 0 <= warmup < 1),
+        "temperature > 0": (temperature, temperature > 0), "0 <= distill <= 1": (distill, 0 <= distill <= 1),
         "clip_grad > 0": (clip_grad, clip_grad is None or clip_grad > 0),
         f"precision in ({', '.join(PRECISIONS)})": (precision, precision in PRECISIONS),
         "accumulate >= 1": (accumulate, accumulate >= 1), "0 <= ema < 1": (ema, ema is None or 0 <= ema < 1),

@@ -17,7 +17,7 @@ from ajpq.averaging import Average
 from ajpq.data import Batches
 from ajpq.errors import AjpqError
 from ajpq.features import Features
-from ajpq.optimizer import rate, sgd
+from ajpq.optimizer import optimizer_of, rate
 from ajpq.parallel import Team, draw_alike, spread
 from ajpq.recipe import PRECISIONS, check_settings
 from ajpq.tasks import CLASSIFICATION, Task
@@ -87,16 +87,17 @@ def recalibrate(model: nn.Module, batches: Batches) -> None:
 
 
 def fit(
-    model: nn.Module, batches: Batches, *, epochs: int, lr: float, momentum: float = 0.9, weight_decay: float = 5e-4,
-    task: Task = CLASSIFICATION, warmup: float = 0.1, teacher: nn.Module | None = None, temperature: float = 4.0,
-    distill: float = 0.5, features: Features | None = None, clip_grad: float | None = None, scale_lr: float = 1.0,
-    precision: str = "float32", accumulate: int = 1, ema: float | None = None, max_skips: int = 10,
-    frozen_norms: bool = False, change: Callable[[int, int], Sequence[Tensor]] | None = None,
+    model: nn.Module, batches: Batches, *, epochs: int, lr: float, optimizer: str = "sgd", momentum: float = 0.9,
+    weight_decay: float = 5e-4, task: Task = CLASSIFICATION, warmup: float = 0.1, teacher: nn.Module | None = None,
+    temperature: float = 4.0, distill: float = 0.5, features: Features | None = None, clip_grad: float | None = None,
+    scale_lr: float = 1.0, precision: str = "float32", accumulate: int = 1, ema: float | None = None,
+    max_skips: int = 10, frozen_norms: bool = False, change: Callable[[int, int], Sequence[Tensor]] | None = None,
     checkpoint: Path | None = None, on_epoch: Callable[[int, dict], None] | None = None, seed: int = 0,
 ) -> list[dict]:  # fmt: skip
-    """Train `model` in place by SGD with Nesterov momentum; a row per epoch: epoch, loss, train_accuracy (the task's
-    quality), seconds, lr, skipped.
+    """Train `model` in place; a row per epoch: epoch, loss, train_accuracy (the task's quality), seconds, lr, skipped.
 
+    optimizer: "sgd", with Nesterov momentum, or "adam", whose steps are as large as the learning rate however small the
+        gradient, so that step sizes want a `scale_lr` well below 1; see `ajpq.optimizer`.
     The learning rate rises linearly over the first `warmup` (fraction of all steps) to `lr` and falls to 0 along a
     cosine. Weight decay holds for parameters of two or more dimensions, and those whose name ends in "clip"; those
     whose name ends in "scale" learn at `lr * scale_lr`, without decay.
@@ -125,8 +126,9 @@ def fit(
     batches without images, for another training's checkpoint, and for too many skipped steps.
     """
     chosen = {
-        "epochs": epochs, "lr": lr, "warmup": warmup, "temperature": temperature, "distill": distill,
-        "clip_grad": clip_grad, "precision": precision, "accumulate": accumulate, "ema": ema, "max_skips": max_skips,
+        "epochs": epochs, "lr": lr, "optimizer": optimizer, "momentum": momentum, "warmup": warmup,
+        "temperature": temperature, "distill": distill, "clip_grad": clip_grad, "precision": precision,
+        "accumulate": accumulate, "ema": ema, "max_skips": max_skips,
     }  # fmt: skip
     check_settings(**chosen)
     if features is not None and teacher is None:
@@ -135,16 +137,16 @@ def fit(
         return []
     team = Team.of_launched()
     spread(model)
-    optimizer = sgd(model, lr, momentum, weight_decay, scale_lr)
-    trainable = [p for group in optimizer.param_groups for p in group["params"]]
+    stepper = optimizer_of(optimizer, model, lr, momentum, weight_decay, scale_lr)
+    trainable = [p for group in stepper.param_groups for p in group["params"]]
     device, steps = device_of(model), epochs * math.ceil(_count(batches) / accumulate)
     low = precision != "float32"
     cast = torch.autocast(device.type, PRECISIONS[precision], enabled=low)
     average = None if ema is None else Average(model, ema)
-    chosen |= {"momentum": momentum, "weight_decay": weight_decay, "scale_lr": scale_lr, "seed": seed, "steps": steps}
+    chosen |= {"weight_decay": weight_decay, "scale_lr": scale_lr, "seed": seed, "steps": steps}
     chosen |= {"teacher": teacher is not None, "features": 0.0 if features is None else features.weight}
     chosen |= {"frozen_norms": frozen_norms}
-    state = TrainingState(model, batches, optimizer, average, chosen, device)
+    state = TrainingState(model, batches, stepper, average, chosen, device)
     rng = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with rng, _modes(model, training=True), _modes(teacher, training=False), features or nullcontext():
         if frozen_norms:
@@ -161,15 +163,15 @@ def fit(
                 draw_alike()
                 for group in _groups(batches, accumulate):
                     now = rate(step, steps, lr, warmup)
-                    for parameters in optimizer.param_groups:
+                    for parameters in stepper.param_groups:
                         parameters["lr"] = now * parameters["factor"]
                     anew = () if change is None else change(step, steps)
                     for parameter in anew:
-                        optimizer.state.pop(parameter, None)
+                        stepper.state.pop(parameter, None)
                     if anew and average is not None:
                         average.restart()
 
-                    optimizer.zero_grad(set_to_none=True)
+                    stepper.zero_grad(set_to_none=True)
                     size, mean, right = sum(len(y) for _, y in group), 0.0, 0.0
                     group = [(team.part(x), team.part(y)) for x, y in group]
                     share = sum(len(y) for _, y in group) / size
@@ -198,7 +200,7 @@ def fit(
                     if math.isfinite(norm):
                         if clip_grad is not None:
                             nn.utils.clip_grads_with_norm_(trainable, clip_grad, norm)
-                        optimizer.step()
+                        stepper.step()
                         if average is not None:
                             average.update()
                         images, total, hits, skips = images + size, total + mean * size, hits + right, 0
@@ -234,7 +236,7 @@ def fit(
             if average is not None:
                 average.apply()
         finally:
-            optimizer.zero_grad(set_to_none=True)
+            stepper.zero_grad(set_to_none=True)
     return rows
 
 

@@ -112,6 +112,14 @@ def test_first_step_is_nesterov_sgd_in_closed_form():
     assert torch.allclose(model.weight, before - lr * (1 + m) * grad, atol=1e-6)
 
 
+def test_first_step_of_adam_moves_every_weight_by_the_learning_rate_against_its_gradient():
+    model, batches, lr = linear(), toy(), 0.01
+    before, (x, y) = model.weight.detach().clone(), batches[0]
+    grad = (F.softmax(model(x), 1) - F.one_hot(y, 4)).T.detach() @ x / 8
+    fit(model, batches, epochs=1, lr=lr, optimizer="adam", weight_decay=0.5, warmup=0)
+    assert torch.allclose(model.weight, before * (1 - lr * 0.5) - lr * grad.sign(), atol=1e-6)
+
+
 def test_only_matrices_decay_and_scales_learn_at_their_own_rate():
     model = Scaled()
     x, y = torch.zeros(4, 3), torch.arange(4)  # symmetric targets: every gradient is zero, decay alone remains
@@ -380,9 +388,11 @@ def interrupt_after(epochs):
     return on_epoch
 
 
-@pytest.mark.parametrize("loader", ("digits", "torch", "torch_seeded", "hidden"))
+@pytest.mark.parametrize("loader", ("digits", "adam", "torch", "torch_seeded", "hidden"))
 def test_a_training_continued_ends_bit_equal(tmp_path, loader):
     settings = {"epochs": 3, "lr": 0.05, "ema": 0.9, "seed": 5, "accumulate": 2}
+    if loader == "adam":
+        settings, loader = {**settings, "lr": 0.002, "optimizer": "adam"}, "digits"
     path = tmp_path / "training.pt"
 
     def parts():
@@ -433,7 +443,8 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path):
 
 @pytest.mark.parametrize("setting", [
     {"epochs": -1}, {"lr": 0.0}, {"lr": float("nan")}, {"lr": float("inf")}, {"warmup": 1.0}, {"temperature": 0.0},
-    {"distill": 1.1}, {"clip_grad": 0.0}, {"precision": "float16"}, {"accumulate": 0}, {"ema": 1.0}, {"max_skips": -1},
+    {"optimizer": "rprop"}, {"momentum": 1.0}, {"distill": 1.1}, {"clip_grad": 0.0}, {"precision": "float16"},
+    {"accumulate": 0}, {"ema": 1.0}, {"max_skips": -1},
 ])  # fmt: skip
 def test_settings_are_checked(setting):
     (name, value), *_ = setting.items()
