@@ -8,9 +8,10 @@ as with four (docs/onnx.md).
 from __future__ import annotations
 
 import numpy as np
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ajpq.onnx_layers import NARROW
+from ajpq.onnx_nodes import Nodes
 
 FOUR = 4
 
@@ -22,89 +23,75 @@ def fill_fours(model: ModelProto) -> None:
     zeros, where the input is made by a narrow float depthwise layer (which then has a weight for all pairs, and may add
     up in another order), else from a padding of the codes.
     """
-    graph = _Graph(model.graph)
+    graph = Nodes(model.graph)
     for number, conv in enumerate([node for node in graph.proto.node if node.op_type == "Conv"]):
         weight = graph.made.get(conv.input[1])
         if _number(conv, "group", 1) > 1 or weight is None or weight.op_type != "DequantizeLinear":
             continue
         codes = graph.known[weight.input[0]]
         more = -codes.dims[1] % FOUR
-        source = graph.quantizer_alone_before(conv)
+        source = _quantizer_alone_before(graph, conv)
         alone = graph.readers(weight.input[0]) == [weight] and graph.readers(weight.output[0]) == [conv]
         if not more or source is None or not alone:
             continue
         _grow(codes, more, 1)
         quantizer, values = source
         maker = graph.made.get(quantizer.input[0])
-        if maker is not None and graph.narrow(maker) and graph.inner(maker, quantizer):
-            graph.make_dense(maker, more)
+        if maker is not None and _narrow(graph, maker) and graph.inner(maker, quantizer):
+            _make_dense(graph, maker, more)
         else:
-            graph.pad_codes(values, more, f"fours_{number}")
+            _pad_codes(graph, values, more, f"fours_{number}")
     del model.graph.value_info[:]  # shapes of inner tensors, some of which are no longer true
 
 
-class _Graph:
-    """Who makes and who reads a tensor."""
+def _quantizer_alone_before(graph: Nodes, conv: NodeProto) -> tuple[NodeProto, NodeProto] | None:
+    """QuantizeLinear and DequantizeLinear whose values nothing but this convolution reads: of two alike in a row
+    the first. A Clip of the codes may stand between them."""
+    found, reader = None, conv
+    while True:
+        values = graph.made.get(reader.input[0])
+        codes = None if values is None else graph.made.get(values.input[0])
+        inner = [values, codes]
+        if codes is not None and codes.op_type == "Clip":
+            codes = graph.made.get(codes.input[0])
+            inner.append(codes)
+        if codes is None or (values.op_type, codes.op_type) != ("DequantizeLinear", "QuantizeLinear"):
+            return found
+        if any(len(graph.readers(node.output[0])) != 1 or node.output[0] in graph.ends for node in inner):
+            return found
+        if found is not None and found[0].input[1:] != codes.input[1:]:
+            return found
+        found, reader = (codes, values), codes
 
-    def __init__(self, proto: GraphProto) -> None:
-        self.proto = proto
-        self.known = {tensor.name: tensor for tensor in proto.initializer}
-        self.made = {name: node for node in proto.node for name in node.output}
-        self.ends = {end.name for end in proto.output}
 
-    def readers(self, name: str) -> list[NodeProto]:
-        return [node for node in self.proto.node if name in node.input]
+def _narrow(graph: Nodes, node: NodeProto) -> bool:
+    """A depthwise convolution of float weights, with as many kernels as inputs, fewer than `NARROW`."""
+    if node.op_type != "Conv" or node.input[1] not in graph.known:
+        return False
+    tensors = [name for name in node.input[1:] if name]
+    kernels, of_one = graph.known[node.input[1]].dims[:2]
+    alone = all(name in graph.known and graph.readers(name) == [node] for name in tensors)
+    return alone and _number(node, "group", 1) == kernels < NARROW and of_one == 1
 
-    def quantizer_alone_before(self, conv: NodeProto) -> tuple[NodeProto, NodeProto] | None:
-        """QuantizeLinear and DequantizeLinear whose values nothing but this convolution reads: of two alike in a row
-        the first. A Clip of the codes may stand between them."""
-        found, reader = None, conv
-        while True:
-            values = self.made.get(reader.input[0])
-            codes = None if values is None else self.made.get(values.input[0])
-            inner = [values, codes]
-            if codes is not None and codes.op_type == "Clip":
-                codes = self.made.get(codes.input[0])
-                inner.append(codes)
-            if codes is None or (values.op_type, codes.op_type) != ("DequantizeLinear", "QuantizeLinear"):
-                return found
-            if any(len(self.readers(node.output[0])) != 1 or node.output[0] in self.ends for node in inner):
-                return found
-            if found is not None and found[0].input[1:] != codes.input[1:]:
-                return found
-            found, reader = (codes, values), codes
 
-    def narrow(self, node: NodeProto) -> bool:
-        """A depthwise convolution of float weights, with as many kernels as inputs, fewer than `NARROW`."""
-        if node.op_type != "Conv" or node.input[1] not in self.known:
-            return False
-        tensors = [name for name in node.input[1:] if name]
-        kernels, of_one = self.known[node.input[1]].dims[:2]
-        alone = all(name in self.known and self.readers(name) == [node] for name in tensors)
-        return alone and _number(node, "group", 1) == kernels < NARROW and of_one == 1
+def _make_dense(graph: Nodes, node: NodeProto, more: int) -> None:
+    weight = numpy_helper.to_array(graph.known[node.input[1]])  # (c, 1, kh, kw)
+    c = len(weight)
+    dense = np.zeros((c + more, c, *weight.shape[2:]), weight.dtype)
+    dense[np.arange(c), np.arange(c)] = weight[:, 0]
+    graph.known[node.input[1]].CopyFrom(numpy_helper.from_array(dense, node.input[1]))
+    if len(node.input) > 2 and node.input[2]:
+        _grow(graph.known[node.input[2]], more, 0)
+    next(a for a in node.attribute if a.name == "group").i = 1
 
-    def inner(self, maker: NodeProto, reader: NodeProto) -> bool:
-        """Whether nothing else reads what the one makes for the other."""
-        name = maker.output[0]
-        return self.readers(name) == [reader] and name not in self.ends
 
-    def make_dense(self, node: NodeProto, more: int) -> None:
-        weight = numpy_helper.to_array(self.known[node.input[1]])  # (c, 1, kh, kw)
-        c = len(weight)
-        dense = np.zeros((c + more, c, *weight.shape[2:]), weight.dtype)
-        dense[np.arange(c), np.arange(c)] = weight[:, 0]
-        self.known[node.input[1]].CopyFrom(numpy_helper.from_array(dense, node.input[1]))
-        if len(node.input) > 2 and node.input[2]:
-            _grow(self.known[node.input[2]], more, 0)
-        next(a for a in node.attribute if a.name == "group").i = 1
-
-    def pad_codes(self, values: NodeProto, more: int, name: str) -> None:
-        """In front of a DequantizeLinear."""
-        amounts = np.array([0, 0, 0, 0, 0, more, 0, 0])  # before (N, C, H, W), then behind
-        self.proto.initializer.append(numpy_helper.from_array(amounts, name))
-        made = helper.make_node("Pad", [values.input[0], name, values.input[2]], [f"{name}_codes"], mode="constant")
-        values.input[0] = made.output[0]
-        self.proto.node.insert(list(self.proto.node).index(values), made)
+def _pad_codes(graph: Nodes, values: NodeProto, more: int, name: str) -> None:
+    """In front of a DequantizeLinear."""
+    amounts = np.array([0, 0, 0, 0, 0, more, 0, 0])  # before (N, C, H, W), then behind
+    graph.proto.initializer.append(numpy_helper.from_array(amounts, name))
+    made = helper.make_node("Pad", [values.input[0], name, values.input[2]], [f"{name}_codes"], mode="constant")
+    values.input[0] = made.output[0]
+    graph.proto.node.insert(list(graph.proto.node).index(values), made)
 
 
 def _grow(tensor: TensorProto, more: int, axis: int) -> None:

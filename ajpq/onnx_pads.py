@@ -6,80 +6,78 @@ to move, and in front of a quantizer one that runtimes keep in float. A convolut
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-
 import numpy as np
-from onnx import ModelProto, NodeProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, helper
+
+from ajpq.onnx_nodes import Nodes
 
 
 def fold_pads(model: ModelProto) -> None:
     """Move paddings by zeros of rows and columns into the convolutions behind them, in place, where all that reads them
     are convolutions, directly or behind quantizers: the same outputs, for a grid has its zero."""
-    graph = model.graph
-    known = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    ends = {end.name for end in graph.output}
-    for pad in [node for node in graph.node if node.op_type == "Pad"]:
-        sides = _sides(pad, known)
-        convs = _convolutions(graph.node, pad.output[0], known, ends) if sides else None
-        if not convs or _between_grids(pad, graph.node):
+    graph = Nodes(model.graph)
+    for pad in [node for node in model.graph.node if node.op_type == "Pad"]:
+        sides = _sides(graph, pad)
+        convs = _convolutions(graph, pad.output[0]) if sides else None
+        if not convs or _between_grids(graph, pad):
             continue
         for conv in convs:
             pads = next(a for a in conv.attribute if a.name == "pads")
             pads.CopyFrom(helper.make_attribute("pads", [a + b for a, b in zip(pads.ints, sides, strict=True)]))
-        for node in graph.node:
+        for node in graph.readers(pad.output[0]):
             for i, name in enumerate(node.input):
                 if name == pad.output[0]:
                     node.input[i] = pad.input[0]
-        graph.node.remove(pad)
-        del graph.value_info[:]  # shapes of inner tensors, some of which are no longer true
-    read = {name for node in graph.node for name in node.input}
-    for tensor in [tensor for tensor in graph.initializer if tensor.name not in read]:
-        graph.initializer.remove(tensor)
+        model.graph.node.remove(pad)
+        del model.graph.value_info[:]  # shapes of inner tensors, some of which are no longer true
+    for tensor in [tensor for tensor in model.graph.initializer if not graph.readers(tensor.name)]:
+        model.graph.initializer.remove(tensor)
 
 
-def _sides(pad: NodeProto, known: Mapping[str, np.ndarray]) -> list[int] | None:
+def _sides(graph: Nodes, pad: NodeProto) -> list[int] | None:
     """Top, left, bottom, right of zeros around (N, C, H, W); None for any other padding."""
     mode = next((a.s for a in pad.attribute if a.name == "mode"), b"constant")
     _, amounts, value, axes, *_ = [*pad.input, "", "", ""]
-    if mode != b"constant" or amounts not in known or axes or (value and np.any(known.get(value, 1))):
+    filled = value and (value not in graph.known or np.any(graph.values(value)))
+    if mode != b"constant" or amounts not in graph.known or axes or filled:
         return None
-    found = known[amounts].tolist()
+    found = graph.values(amounts).tolist()
     inner = [n for i, n in enumerate(found) if i % 4 >= 2]
     return inner if len(found) == 8 and sum(map(abs, found)) == sum(inner) and min(inner) >= 0 else None
 
 
-def _convolutions(
-    nodes: Sequence[NodeProto], name: str, known: Mapping[str, np.ndarray], ends: Collection[str], zero: float = 0.0
-) -> list[NodeProto] | None:
+def _convolutions(graph: Nodes, name: str, zero: float = 0.0) -> list[NodeProto] | None:
     """The convolutions that read a tensor, directly or through quantizers and limits that keep its zeros; None if
-    anything else does, or it is among `ends`. zero: what they are in this tensor."""
+    anything else does, or it is an output of the graph. zero: what they are in this tensor."""
     found: list[NodeProto] = []
-    if name in ends:
+    if name in graph.ends:
         return None
-    for node in (node for node in nodes if name in node.input):
+    for node in graph.readers(name):
         if node.input[0] != name or name in node.input[1:]:
             return None
         if node.op_type == "Conv":
             behind = [node] if any(a.name == "pads" for a in node.attribute) else None
         else:
-            here = _passed(node, zero, known)
-            behind = None if here is None else _convolutions(nodes, node.output[0], known, ends, here)
+            here = _passed(graph, node, zero)
+            behind = None if here is None else _convolutions(graph, node.output[0], here)
         if behind is None:
             return None
         found += behind
     return found
 
 
-def _between_grids(pad: NodeProto, nodes: Sequence[NodeProto]) -> bool:
+def _between_grids(graph: Nodes, pad: NodeProto) -> bool:
     """Whether the padding keeps two quantizers of different steps apart, which ONNX Runtime would make one of."""
-    before = [node for node in nodes if pad.input[0] in node.output and node.op_type == "DequantizeLinear"]
-    behind = [node for node in nodes if pad.output[0] in node.input and node.op_type == "QuantizeLinear"]
-    return any(a.input[1:] != b.input[1:] for a in before for b in behind)
+    before = graph.made.get(pad.input[0])
+    if before is None or before.op_type != "DequantizeLinear":
+        return False
+    behind = [node for node in graph.readers(pad.output[0]) if node.op_type == "QuantizeLinear"]
+    return any(before.input[1:] != node.input[1:] for node in behind)
 
 
-def _passed(node: NodeProto, zero: float, known: Mapping[str, np.ndarray]) -> float | None:
+def _passed(graph: Nodes, node: NodeProto, zero: float) -> float | None:
     """What becomes of the zeros; None where they do not stay zeros, or nobody knows."""
-    _, first, second, *_ = [*(known.get(name) for name in node.input), None, None]
+    _, first, second, *_ = [*map(graph.values, node.input), None, None]
     if node.op_type == "QuantizeLinear" and second is not None and second.size == 1:
         return float(second)
     if node.op_type == "DequantizeLinear" and second is not None and second.size == 1 and float(second) == zero:
