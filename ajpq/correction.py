@@ -10,10 +10,11 @@ from torch import fx
 
 from ajpq.data import Batches
 from ajpq.errors import AjpqError
+from ajpq.goals import Goals
 from ajpq.matching import match
 from ajpq.network import Network
 from ajpq.policy import CompressionPolicy
-from ajpq.reconstruction import reconstruct
+from ajpq.reconstruction import solve
 from ajpq.training import recalibrate
 
 CORRECTIONS = ("statistics", "least_squares", "reconstruction")
@@ -34,13 +35,20 @@ def advice(network: Network, how: str) -> str | None:
     )
 
 
-def correct(student: fx.GraphModule, original: Network, policy: CompressionPolicy, batches: Batches, how: str) -> None:
-    """Correct a compressed network in place, from the images of `batches`; see `matching.match` and
-    `reconstruction.reconstruct`."""
-    check_correction(how)
-    if how == "reconstruction":
-        reconstruct(student, original, policy, batches, None)
-    elif how == "least_squares":
-        match(student, original, policy, batches)
-    else:
-        recalibrate(student, batches)
+class Correction:
+    """Corrects compressed networks in place, each for its policy, from the same images: the (x, y) of `batches`. See
+    `matching.match` and `reconstruction.reconstruct`."""
+
+    def __init__(self, original: Network, batches: Batches, how: str) -> None:
+        check_correction(how)
+        self.original, self.batches, self.how = original, batches, how
+        self._goals: Goals | None = None  # the same for every policy
+
+    def __call__(self, student: fx.GraphModule, policy: CompressionPolicy) -> None:
+        if self.how == "reconstruction":
+            self._goals = self._goals or Goals(self.original, self.batches, None)
+            solve(student, self.original, policy, self._goals)
+        elif self.how == "least_squares":
+            match(student, self.original, policy, self.batches)
+        else:
+            recalibrate(student, self.batches)

@@ -18,7 +18,7 @@ from ajpq.budget import Budget
 from ajpq.checkpoint import load_weights, save_weights
 from ajpq.compression import compress
 from ajpq.console import Advance, Screen
-from ajpq.correction import advice, check_correction, correct
+from ajpq.correction import Correction, advice, check_correction
 from ajpq.data import Data, take
 from ajpq.errors import AjpqError
 from ajpq.memory import keep_freed_memory
@@ -58,7 +58,7 @@ class Prepared:
         if self.reconstruct_images:
             reconstruct(student, self.original, policy, images, self.reconstruct_images)
         elif self.norm_images:
-            correct(student, self.original, policy, take(images, self.norm_images), self.correction)
+            Correction(self.original, take(images, self.norm_images), self.correction)(student, policy)
         return student
 
 

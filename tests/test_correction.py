@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ajpq.calibration import calibrate
 from ajpq.compression import compress
-from ajpq.correction import advice, correct
+from ajpq.correction import Correction, advice
 from ajpq.errors import AjpqError
 from ajpq.matching import match, matched, matching, outputs
 from ajpq.policy import CompressionPolicy
@@ -57,7 +57,7 @@ def errors(network, policy, data, how) -> list[float]:
     """Mean squared distance of every batch-norm's output from the original's, on the images it was corrected with."""
     student = compress(network, policy, calibrate(network, data))
     if how:
-        correct(student, network, policy, data, how)
+        Correction(network, data, how)(student, policy)
     alive, names = policy.alive(network), list(matched(network))
     found = outputs(replace(network, module=student), names, data[0][0])
     goals = outputs(network, names, data[0][0])
@@ -130,7 +130,7 @@ def test_other_names_are_refused():
     with pytest.raises(
         AjpqError, match="correction must be one of statistics, least_squares, reconstruction, but it is 'magic'"
     ):
-        correct(compress(network, CompressionPolicy.homogeneous(network)), network, None, [], "magic")
+        Correction(network, [], "magic")
 
 
 def test_networks_without_batch_norms_are_told_what_helps():

@@ -15,7 +15,7 @@ from ajpq import quantize, reconstruction
 from ajpq.calibration import calibrate
 from ajpq.compensation import round_compensated
 from ajpq.compression import compress, freeze
-from ajpq.correction import correct
+from ajpq.correction import Correction
 from ajpq.errors import AjpqError
 from ajpq.goals import Goals
 from ajpq.layers import Geometry
@@ -214,7 +214,7 @@ def test_a_score_may_be_that_of_the_reconstructed_network():
     setting = Setting(network, calibrate(network, data), data, search, correction="reconstruction")
     policy = random_policy(network, 0, 0.3, (2, 4), (8,))
     student = compress(network, policy, setting.calibration)
-    correct(student, network, policy, data, "reconstruction")
+    Correction(network, data, "reconstruction")(student, policy)
     x = torch.cat([x for x, _ in search])
     with torch.no_grad():
         p, q = (F.log_softmax(net(x).double(), 1) for net in (network.module, student))

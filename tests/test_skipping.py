@@ -24,7 +24,7 @@ from ajpq.architecture import Architecture, Parts
 from ajpq.blocks import blocks_of
 from ajpq.calibration import calibrate
 from ajpq.compression import compress, freeze
-from ajpq.correction import CORRECTIONS, correct
+from ajpq.correction import CORRECTIONS, Correction
 from ajpq.cost import BOPs, MACs, Size, UniqBOPs, loads_of, total
 from ajpq.errors import AjpqError
 from ajpq.features import survivors
@@ -261,7 +261,7 @@ def test_it_is_fine_tuned_shipped_and_loaded_within_its_size(name, tmp_path):
     batches = batches_of(network, 2)
     policy = without(network, random_policy(network, 2, 0.3, (2, 4, 8), (8,)), 0, 1)
     student = compress(network, policy, calibrate(network, batches))
-    correct(student, network, policy, batches, "least_squares")
+    Correction(network, batches, "least_squares")(student, policy)
     kept = survivors(network, policy)
     assert not set(kept) & policy.skipped(network).layers
     final = finetune(student, batches, epochs=1, lr=1e-3, teacher=network.module, features=0.1, kept=kept)

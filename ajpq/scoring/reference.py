@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from ajpq.bank import WeightBank
 from ajpq.compression import compress
-from ajpq.correction import correct
-from ajpq.goals import Goals
-from ajpq.network import Network
+from ajpq.correction import Correction
 from ajpq.policy import CompressionPolicy
-from ajpq.reconstruction import solve
 from ajpq.scoring.setting import Measured, Setting
 from ajpq.scoring.tally import exact, summed, tally
 from ajpq.training import channels_last
@@ -25,28 +22,21 @@ class Reference:
     def __init__(self, setting: Setting) -> None:
         self.setting, self.bank = setting, WeightBank(setting.network)
         self._original: list[Tensor] | None = None  # outputs of the uncompressed network, per batch
-        self._goals: Goals | None = None
+        self.original = setting.original or setting.network
+        data = setting.norm_data
+        self.correct = Correction(self.original, data, setting.correction) if data else None
 
     def measure(self, policy: CompressionPolicy) -> Measured:
-        original = self.setting.original or self.setting.network
         student = compress(self.setting.network, policy, self.setting.calibration, self.bank)
         with torch.no_grad():
-            if self.setting.norm_data:
-                self._correct(student, original, policy)
+            if self.correct is not None:
+                self.correct(student, policy)
             if self._original is None:
-                self._original = [exact(original.module(x)) for x, *_ in self.setting.search_data]
+                self._original = [exact(self.original.module(x)) for x, *_ in self.setting.search_data]
             return summed(
                 tally(self.setting.task, student(channels_last(x)), y, known)
                 for (x, y, *_), known in zip(self.setting.search_data, self._original, strict=True)
             )
-
-    def _correct(self, student: fx.GraphModule, original: Network, policy: CompressionPolicy) -> None:
-        data, how = self.setting.norm_data, self.setting.correction
-        if how == "reconstruction":
-            self._goals = self._goals or Goals(original, data, None)  # the same for every policy
-            solve(student, original, policy, self._goals)
-        else:
-            correct(student, original, policy, data, how)
 
     def __call__(
         self, policies: Sequence[CompressionPolicy], floor: float | None = None
