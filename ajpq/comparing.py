@@ -152,9 +152,10 @@ def entries_of(cfg: DictConfig) -> list[Entry]:
     if not _whole(most) or most < 1:
         raise AjpqError(f"evaluations must be at least 1, but it is {most!r}; write evaluations=100")
     for text in HydraConfig.get().overrides.task if HydraConfig.initialized() else ():
-        if key_of(text).split(".")[0] == "search":
+        if key_of(text).split(".")[0] in ("search", "control"):
             raise AjpqError(
-                f"the searches of a comparison are in `searches`, but `{text}` sets another; write searches=[...]"
+                f"the searches of a comparison, its controls among them, are in `searches`, but `{text}` sets another; "
+                "write searches=[...]"
             )
     entries: list[Entry] = []
     for said in OmegaConf.to_container(cfg.searches):

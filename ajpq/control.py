@@ -1,8 +1,8 @@
-"""What a search is held against: a few policies that take no search. No job goes on with less than the best of them."""
+"""What a search is held against: a few policies that take no search. Its result is never less than the best of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ from ajpq.problem import Problem, Score, SearchBackend, SearchResult
 
 
 class Control(Protocol):
-    """Names policies within budget before any is scored, e.g. `agents.uniform.Uniform`."""
+    """Names policies without scoring any, e.g. `agents.uniform.Uniform`."""
 
     def policies(self, problem: Problem) -> Sequence[CompressionPolicy]:
         """Within all budgets; none where none meets them."""
@@ -39,28 +39,34 @@ class Comparison:
         return {**asdict(self), "lost": self.lost}
 
 
-def told(found: dict[str, Any]) -> str:
+def told(found: Mapping[str, Any]) -> str:
     """found: of `Comparison.to_json`. A sentence."""
     line = f"reward of the search {found['own']['reward']:.4f}; "
     if found["other"] is None:
-        return f"{line}of {found['control']}, its control, no policy meets the budget"
+        return f"{line}its control, {found['control']}, has no policy within budget"
     best = f"the best of {found['policies']} policies of {found['control']}, {found['other']['reward']:.4f}"
     line += f"of its control, {best}"
     return f"{line}: the control's policy was taken" if found["lost"] else line
 
 
-def search_beside(
-    problem: Problem, backend: SearchBackend, control: Control | None
-) -> tuple[SearchResult, Comparison | None]:
-    """Search, then score what the control names in the same record, and return the best of all.
+class Beside:
+    """Searches, then scores what a control names in the same record, on top of the search's own evaluations.
 
-    The evaluations of the control come on top of the search's. Nothing is compared without a control, and where the
+    What it names is asked for at once, before anything is spent. Nothing is compared without a control, and where the
     policy is given (a backend with `searches` = False).
     """
-    own = backend.search(problem)
-    if control is None or not getattr(backend, "searches", True):
-        return own, None
-    policies = control.policies(problem)
-    scores = problem.score_all(policies)
-    other = max(scores, key=lambda score: (score.whole, score.reward), default=None)
-    return problem.result(), Comparison(type(control).__name__, len(policies), own.score, other)
+
+    def __init__(self, problem: Problem, backend: SearchBackend, control: Control | None) -> None:
+        self.problem, self.backend, self.control = problem, backend, control
+        compared = control is not None and getattr(backend, "searches", True)
+        self.policies = list(control.policies(problem)) if compared else None
+
+    def search(self) -> tuple[SearchResult, Comparison | None]:
+        """The best of all, and how the two compare."""
+        own = self.backend.search(self.problem)
+        if self.policies is None:
+            return own, None
+        scores = self.problem.score_all(self.policies)
+        other = max(scores, key=lambda score: (score.whole, score.reward), default=None)
+        name = type(self.control).__name__
+        return self.problem.result(), Comparison(name, len(scores), own.score, other)

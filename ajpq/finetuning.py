@@ -53,7 +53,7 @@ def finetune(
         statistics badly.
     training: further keywords of `training.fit`. epochs=0 only re-estimates and finishes.
 
-    After an interrupt the student has its final widths and statistics. Raises AjpqError as `fit` does.
+    After an interrupt the student has its final widths. Raises AjpqError as `fit` does.
     """
     check_settings(
         epochs=epochs, lr=lr, lowering=lowering, lift=lift, activations=activations, features=features,
@@ -80,16 +80,10 @@ def finetune(
                 student, train, epochs=epochs, lr=lr, teacher=teacher, features=inner, change=lower, on_epoch=on_epoch,
                 frozen_norms=not norm_batches, seed=seed, **training,
             )  # fmt: skip
-        except KeyboardInterrupt:
-            _finish(student, lower, train, norm_batches)
-            raise
-        _finish(student, lower, train, norm_batches)
+        finally:
+            if lower is not None:
+                lower.finish()
+        if norm_batches:
+            recalibrate(student, islice(train, norm_batches))
         spread(student)
     return freeze(student)
-
-
-def _finish(student: fx.GraphModule, lower: Lowering | None, train: Batches, norm_batches: int) -> None:
-    if lower is not None:
-        lower.finish()
-    if norm_batches:
-        recalibrate(student, islice(train, norm_batches))

@@ -30,7 +30,8 @@ def fold_pads(model: ModelProto) -> None:
                     node.input[i] = pad.input[0]
         model.graph.node.remove(pad)
         del model.graph.value_info[:]  # shapes of inner tensors, some of which are no longer true
-    for tensor in [tensor for tensor in model.graph.initializer if not graph.readers(tensor.name)]:
+    read = {name for node in model.graph.node for name in node.input}
+    for tensor in [tensor for tensor in model.graph.initializer if tensor.name not in read]:
         model.graph.initializer.remove(tensor)
 
 

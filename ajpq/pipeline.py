@@ -16,7 +16,7 @@ from torch import fx
 from ajpq import report as reporting
 from ajpq.compression import freeze
 from ajpq.console import Screen
-from ajpq.control import Comparison, Control, search_beside
+from ajpq.control import Beside, Comparison, Control
 from ajpq.data import take
 from ajpq.errors import AjpqError
 from ajpq.features import survivors
@@ -35,7 +35,7 @@ from ajpq.searching import search_in
 from ajpq.shipping import load, ship
 from ajpq.snapshot import STATE, check_same, fingerprint, keep
 from ajpq.speed import check_timing, measured
-from ajpq.training import measure
+from ajpq.training import measure, recalibrate
 
 TUNING = "finetune.pt"  # state of the fine-tuning, after every epoch
 ONNX_IMAGES = 128  # of the calibration split, for the ranges of residual sums
@@ -87,6 +87,8 @@ def run(cfg: DictConfig, folder: Path) -> None:
                 on_epoch=epochs(advance),
             )
     except KeyboardInterrupt:
+        if settings.get("norm_batches", True):
+            recalibrate(student, data.calibration)
         ship(freeze(student), folder)
         raise
     path, onnx = _shipped(cfg, job, result.policy, final, folder, screen)
@@ -178,7 +180,9 @@ def _search(
         check_same(now, folder)
     else:
         keep(now, folder)
+    beside, known = Beside(job.problem, backend, control), getattr(backend, "evaluations", None)
+    evaluations = known + len(beside.policies or ()) if known else 0
     return search_in(
-        folder, job.problem, backend, seed=cfg.seed, evaluations=getattr(backend, "evaluations", None) or 0,
-        screen=screen, tensorboard=cfg.tensorboard, run=lambda problem, search: search_beside(problem, search, control),
+        folder, job.problem, backend, seed=cfg.seed, evaluations=evaluations, screen=screen,
+        tensorboard=cfg.tensorboard, run=lambda *_: beside.search(),
     )  # fmt: skip

@@ -394,14 +394,15 @@ def test_seed_of_a_run_reaches_whatever_refers_to_it() -> None:
     assert single.backend(6).seed == 6
 
 
-def test_search_beside_searches_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("other", ["search=random", "control=uniform"])
+def test_search_beside_searches_is_refused(tmp_path: Path, other: str) -> None:
     config = HydraConfig.instance()
     before = config.cfg
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            config.set_config(hydra.compose("compare", ["search=random"], return_hydra_config=True))
-            with pytest.raises(AjpqError, match="`search=random`"):
-                comparing.run(hydra.compose("compare", ["search=random"]), tmp_path)
+            config.set_config(hydra.compose("compare", [other], return_hydra_config=True))
+            with pytest.raises(AjpqError, match=f"`{other}`"):
+                comparing.run(hydra.compose("compare", [other]), tmp_path)
     finally:
         config.cfg = before
 

@@ -22,7 +22,7 @@ from agents.random_search import RandomSearch
 from agents.sensitivity import measured_sensitivity, weight_sensitivity
 from agents.uniform import Uniform, homogeneous_within
 from ajpq import quantize
-from ajpq.control import search_beside, told
+from ajpq.control import Beside, told
 from ajpq.errors import AjpqError
 from ajpq.network import Network
 from ajpq.policy import CompressionPolicy
@@ -421,7 +421,7 @@ def better(policy: CompressionPolicy) -> float:
 
 def test_a_search_that_its_control_beats_returns_the_control():
     problem = on("size", evaluator=better)
-    result, found = search_beside(problem, RandomSearch(evaluations=5, seed=0), Uniform(evaluations=3))
+    result, found = Beside(problem, RandomSearch(evaluations=5, seed=0), Uniform(evaluations=3)).search()
     assert found.lost and found.policies == 3 and found.control == "Uniform"
     assert found.own == max((e.score for e in problem.history[:5]), key=lambda score: score.reward)
     assert found.other.reward == result.score.reward > found.own.reward
@@ -431,7 +431,7 @@ def test_a_search_that_its_control_beats_returns_the_control():
 
 def test_a_search_that_beats_its_control_returns_its_own():
     problem = on("size")
-    result, found = search_beside(problem, HillClimbing(evaluations=60, seed=0), Uniform(evaluations=3))
+    result, found = Beside(problem, HillClimbing(evaluations=60, seed=0), Uniform(evaluations=3)).search()
     alone = HillClimbing(evaluations=60, seed=0).search(on("size"))
     assert not found.lost and result.policy.digest() == alone.policy.digest() and found.own == alone.score
     assert found.other.reward < found.own.reward and "taken" not in told(found.to_json())
@@ -443,7 +443,7 @@ def test_given_policies_and_jobs_without_a_control_are_not_compared(tmp_path):
     (tmp_path / "policy.json").write_text(policy.to_json())
     for backend, control in ((Given(tmp_path / "policy.json"), Uniform()), (RandomSearch(1, seed=0), None)):
         again = on("size", evaluator=better)
-        result, found = search_beside(again, backend, control)
+        result, found = Beside(again, backend, control).search()
         assert found is None and again.evaluations == 1 and result.policy.digest() == policy.digest()
 
 
@@ -452,6 +452,6 @@ def test_a_control_without_a_policy_within_budget_is_said():
         def policies(self, problem):
             return []
 
-    result, found = search_beside(on("size"), RandomSearch(evaluations=2, seed=0), Nothing())
+    result, found = Beside(on("size"), RandomSearch(evaluations=2, seed=0), Nothing()).search()
     assert found.other is None and not found.lost and result.score == found.own
-    assert told(found.to_json()).endswith("of Nothing, its control, no policy meets the budget")
+    assert told(found.to_json()).endswith("its control, Nothing, has no policy within budget")

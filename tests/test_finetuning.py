@@ -23,7 +23,7 @@ from ajpq.pact import PactQuant, use_pact
 from ajpq.padding import pad
 from ajpq.recipe import check_settings
 from ajpq.shipping import load, ship
-from ajpq.training import fit, recalibrate
+from ajpq.training import fit
 
 NETWORK = network_of("digits_cnn")
 POLICY = random_policy(NETWORK, 0, sparsity=0.3, act_bits=(3, 4))
@@ -67,18 +67,6 @@ def test_without_norm_batches_and_steps_nothing_changes():
     reference = copy.deepcopy(net)
     quantize_outputs(reference, x)
     assert torch.equal(finetune(net, BATCHES, epochs=0, norm_batches=0)(x), freeze(reference)(x))
-
-
-def test_an_interrupt_leaves_re_estimated_statistics():
-    def stop(epoch, row):
-        raise KeyboardInterrupt
-
-    net = student()
-    with pytest.raises(KeyboardInterrupt):
-        finetune(net, BATCHES, epochs=4, lr=0.01, norm_batches=2, on_epoch=stop)
-    again = copy.deepcopy(net)
-    recalibrate(again, BATCHES[:2])
-    assert all(map(torch.equal, statistics(net), statistics(again)))
 
 
 # -- lowering ---------------------------------------------------------------------------------------------------------

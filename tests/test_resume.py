@@ -119,6 +119,16 @@ def test_torn_last_line_is_measured_again(weights, whole, tmp_path):
     assert known(read(tmp_path / RECORD)) == known(read(whole / RECORD))
 
 
+def test_a_kill_while_the_control_is_scored_changes_nothing(weights, whole, tmp_path):
+    rows = read(whole / RECORD)
+    assert len(rows) > 32  # the search asks for 30
+    copy(whole, tmp_path, 32)
+    pipeline.run(config(weights, f"resume={tmp_path}"), tmp_path)
+    assert known(read(tmp_path / RECORD)) == known(rows)
+    one, other = (json.loads((folder / "report.json").read_text()) for folder in (tmp_path, whole))
+    assert one["control"] == other["control"] and one["control"]["policies"] == len(rows) - 30
+
+
 @pytest.mark.parametrize("damage", ["{", '{"number": 3}', ""])
 def test_damaged_line_is_refused(whole, tmp_path, damage):
     lines = (whole / RECORD).read_text().splitlines()
