@@ -11,6 +11,7 @@ from ajpq.compression import freeze
 from ajpq.data import Batches
 from ajpq.errors import AjpqError
 from ajpq.features import Features
+from ajpq.frozen_norms import FrozenNorms
 from ajpq.lowering import Lowering
 from ajpq.outputs import quantize_outputs
 from ajpq.pact import use_pact
@@ -32,6 +33,7 @@ def finetune(
     features: float = 0.0,
     kept: Mapping[str, Tensor] | None = None,
     norm_batches: int = 100,
+    frozen_norms: float = 0.0,
     on_epoch: Callable[[int, dict], None] | None = None,
     seed: int = 0,
     **training,
@@ -47,17 +49,17 @@ def finetune(
     activations: how their quantizers learn, "lsq" (step sizes) or "pact" (clipping values).
     features: the weight of their distillation, see `Features`; above 0 it needs a teacher and `kept`, from
         `features.survivors`.
-    norm_batches: batch-norms are re-estimated on so many batches before the first and after the last step. 0: they keep
-        their means and variances throughout, as the student came with them, and learn scale and shift alone: for
-        students that have been fitted to the original (`reconstruct`) where a few hundred images of a few scenes tell
-        statistics badly.
+    norm_batches: batch-norms are re-estimated on so many batches before the first and after the last step; 0: never,
+        they have the running statistics of training.
+    frozen_norms: the fraction of all steps, the last ones, in which their statistics are fixed, see `FrozenNorms`; they
+        are re-estimated before these steps then, not after. 1 with norm_batches=0: as the student came with them.
     training: further keywords of `training.fit`. epochs=0 only re-estimates and finishes.
 
     After an interrupt the student has its final widths. Raises AjpqError as `fit` does.
     """
     check_settings(
         epochs=epochs, lr=lr, lowering=lowering, lift=lift, activations=activations, features=features,
-        distillation=teacher is not None, norm_batches=norm_batches, **training,
+        distillation=teacher is not None, norm_batches=norm_batches, frozen_norms=frozen_norms, **training,
     )  # fmt: skip
     draw_alike()
     inner = None
@@ -75,15 +77,17 @@ def finetune(
     quantize_outputs(student, next(iter(train))[0])
     if epochs:
         lower = Lowering(student, lowering, lift) if lowering else None
+        frozen = FrozenNorms(student, frozen_norms, train, norm_batches) if frozen_norms else None
+        changes = [change for change in (lower, frozen) if change is not None]
         try:
             fit(
-                student, train, epochs=epochs, lr=lr, teacher=teacher, features=inner, change=lower, on_epoch=on_epoch,
-                frozen_norms=not norm_batches, seed=seed, **training,
+                student, train, epochs=epochs, lr=lr, teacher=teacher, features=inner, on_epoch=on_epoch, seed=seed,
+                change=lambda *at: [anew for change in changes for anew in change(*at)], **training,
             )  # fmt: skip
         finally:
             if lower is not None:
                 lower.finish()
-        if norm_batches:
+        if norm_batches and not frozen_norms:
             recalibrate(student, islice(train, norm_batches))
         spread(student)
     return freeze(student)

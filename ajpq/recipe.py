@@ -17,7 +17,8 @@ def check_settings(
     *, epochs: int = 0, lr: float = 0.1, optimizer: str = "sgd", momentum: float = 0.9, warmup: float = 0.1,
     temperature: float = 4.0, distill: float = 0.5, clip_grad: float | None = None, precision: str = "float32",
     accumulate: int = 1, ema: float | None = None, max_skips: int = 10, lowering: float = 0.0, lift: int = 2,
-    activations: str = "lsq", features: float = 0.0, norm_batches: int = 0, distillation: bool = True, **others,
+    activations: str = "lsq", features: float = 0.0, norm_batches: int = 0, frozen_norms: float = 0.0,
+    distillation: bool = True, **others,
 ) -> None:  # fmt: skip
     """Raise AjpqError where `fit` or `finetune` would not take these settings; for callers that want to know before
     they spend time. distillation: whether there is a teacher.
@@ -34,6 +35,7 @@ def check_settings(
         "lift >= 1": (lift, lift >= 1), f"activations in ({', '.join(ACTIVATIONS)})": (
             activations, activations in ACTIVATIONS),
         "norm_batches >= 0": (norm_batches, norm_batches >= 0),
+        "0 <= frozen_norms <= 1": (frozen_norms, 0 <= frozen_norms <= 1),
         "0 <= features < inf": (features, 0 <= features < math.inf),
     }  # fmt: skip
     for rule, (value, holds) in rules.items():

@@ -55,7 +55,7 @@ def recalibrate(model: nn.Module, batches: Batches) -> None:
     Weights, momenta and modes stay as they were; a model without such statistics is left alone. Raises AjpqError if
     there is no batch; on any error the old statistics are put back.
     """
-    norms = _norms(model)
+    norms = norms_of(model)
     if not norms:
         return
     device, seen = device_of(model), 0
@@ -91,7 +91,7 @@ def fit(
     weight_decay: float = 5e-4, task: Task = CLASSIFICATION, warmup: float = 0.1, teacher: nn.Module | None = None,
     temperature: float = 4.0, distill: float = 0.5, features: Features | None = None, clip_grad: float | None = None,
     scale_lr: float = 1.0, precision: str = "float32", accumulate: int = 1, ema: float | None = None,
-    max_skips: int = 10, frozen_norms: bool = False, change: Callable[[int, int], Sequence[Tensor]] | None = None,
+    max_skips: int = 10, change: Callable[[int, int], Sequence[Tensor]] | None = None,
     checkpoint: Path | None = None, on_epoch: Callable[[int, dict], None] | None = None, seed: int = 0,
 ) -> list[dict]:  # fmt: skip
     """Train `model` in place; a row per epoch: epoch, loss, train_accuracy (the task's quality), seconds, lr, skipped.
@@ -111,8 +111,6 @@ def fit(
     ema: the model ends as this moving average of its weights, see `Average`; re-estimate batch-norms then.
     max_skips: a step whose loss or gradient is not finite is left out and counted in `skipped`, at most so many in a
         row.
-    frozen_norms: batch-norms keep their means and variances, and learn scale and shift alone, as is usual where few
-        images are at hand, e.g. in detection.
     change: called before step `step` of `steps`, counted from 0; parameters that it returns were set anew, so their
         momentum begins again, and the moving average of all weights.
     checkpoint: a file for the state after every epoch, from which an interrupted training continues where `model`,
@@ -145,13 +143,9 @@ def fit(
     average = None if ema is None else Average(model, ema)
     chosen |= {"weight_decay": weight_decay, "scale_lr": scale_lr, "seed": seed, "steps": steps}
     chosen |= {"teacher": teacher is not None, "features": 0.0 if features is None else features.weight}
-    chosen |= {"frozen_norms": frozen_norms}
     state = TrainingState(model, batches, stepper, average, chosen, device)
     rng = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with rng, _modes(model, training=True), _modes(teacher, training=False), features or nullcontext():
-        if frozen_norms:
-            for norm in _norms(model):
-                norm.eval()
         torch.manual_seed(seed)
         rows, skips = ([], 0) if checkpoint is None else state.load(checkpoint)
         step = len(rows) * (steps // epochs)
@@ -253,13 +247,14 @@ def _groups(batches: Batches, size: int) -> Iterator[list[tuple[Tensor, Tensor]]
         yield group
 
 
-def _norms(model: nn.Module) -> list[_BatchNorm]:
+def norms_of(model: nn.Module) -> list[_BatchNorm]:
+    """Its batch-norms that have running statistics."""
     return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
 
 
 def _restart_norms(model: nn.Module) -> None:
     """Begin running statistics again that a batch has made useless."""
-    for norm in _norms(model):
+    for norm in norms_of(model):
         if not (norm.running_mean.isfinite().all() and norm.running_var.isfinite().all()):
             norm.reset_running_stats()
 

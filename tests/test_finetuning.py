@@ -23,7 +23,7 @@ from ajpq.pact import PactQuant, use_pact
 from ajpq.padding import pad
 from ajpq.recipe import check_settings
 from ajpq.shipping import load, ship
-from ajpq.training import fit
+from ajpq.training import fit, recalibrate
 
 NETWORK = network_of("digits_cnn")
 POLICY = random_policy(NETWORK, 0, sparsity=0.3, act_bits=(3, 4))
@@ -49,16 +49,31 @@ def statistics(module):
     return [t.clone() for name, t in module.named_buffers() if "running" in name]
 
 
-def test_batch_norms_keep_their_statistics_and_learn_scale_and_shift_without_norm_batches():
-    net, other = student(), student()
+def test_batch_norms_that_are_frozen_throughout_learn_scale_and_shift_alone():
+    net = student()
     before = statistics(net)
     gains = [m.weight.clone() for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
-    finetune(net, BATCHES, epochs=2, lr=0.05, norm_batches=0)
+    finetune(net, BATCHES, epochs=2, lr=0.05, norm_batches=0, frozen_norms=1.0)
     assert before and all(map(torch.equal, statistics(net), before))
     learned = [m.weight for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     assert not any(torch.equal(a, b) for a, b in zip(gains, learned, strict=True))
-    finetune(other, BATCHES, epochs=2, lr=0.05, norm_batches=4)
-    assert not any(map(torch.equal, statistics(other), before))
+
+
+def test_batch_norms_are_re_estimated_before_the_steps_in_which_they_are_frozen_and_not_after():
+    net, seen = student(), []
+    finetune(
+        net, BATCHES, epochs=4, lr=0.05, norm_batches=4, frozen_norms=0.5, lowering=0.25,
+        on_epoch=lambda *_: seen.append((statistics(net), copy.deepcopy(net))),
+    )  # fmt: skip
+    moved = [not all(map(torch.equal, a[0], b[0])) for a, b in zip(seen, seen[1:], strict=False)]
+    assert moved == [True, True, False] and all(map(torch.equal, statistics(net), seen[-1][0]))
+    recalibrate(seen[1][1], BATCHES)
+    assert all(map(torch.equal, statistics(seen[1][1]), seen[2][0]))
+    assert not torch.equal(seen[2][1].get_submodule(first_norm(net)).bias, net.get_submodule(first_norm(net)).bias)
+
+
+def first_norm(module):
+    return next(name for name, part in module.named_modules() if isinstance(part, nn.BatchNorm2d))
 
 
 def test_without_norm_batches_and_steps_nothing_changes():
@@ -279,11 +294,11 @@ def test_bfloat16_trains_a_compressed_network_close_to_float32():
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.1) and losses["bfloat16"] != losses["float32"]
 
 
-@pytest.mark.parametrize("activations", ("lsq", "pact"))
-def test_fine_tuning_continued_after_an_interrupt_ends_bit_equal(tmp_path, activations):
+@pytest.mark.parametrize(("activations", "frozen"), [("lsq", 0.0), ("pact", 0.0), ("lsq", 0.5)])
+def test_fine_tuning_continued_after_an_interrupt_ends_bit_equal(tmp_path, activations, frozen):
     settings = {
         "epochs": 3, "lr": 0.02, "teacher": model_of("digits_cnn"), "lowering": 0.8, "ema": 0.9, "norm_batches": 2,
-        "features": 0.5, "kept": survivors(NETWORK, POLICY), "activations": activations,
+        "frozen_norms": frozen, "features": 0.5, "kept": survivors(NETWORK, POLICY), "activations": activations,
     }  # fmt: skip
 
     def train():
