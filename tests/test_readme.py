@@ -17,7 +17,7 @@ TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.S)
 FILES = {block.split("\n", 1)[0].removeprefix("# "): block for block in BLOCKS if block.startswith("# my_")}
 COMMANDS = [line.strip() for line in TEXT.splitlines() if line.startswith("    ajpq ") and "_target_" in line]
-QUICK = "train.epochs=1 search.evaluations=4 finetune.epochs=1 onnx=false threads=1 hydra.run.dir=run"
+QUICK = "train.epochs=1 search.evaluations=4 control=none finetune.epochs=1 onnx=false threads=1 hydra.run.dir=run"
 
 MY_NET = """
 import torch
