@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from agents.genes import Account, Genome
-from agents.uniform import STEP, homogeneous_within, nothing_fits, spread
+from agents.uniform import Uniform, homogeneous_within, spread
 from ajpq.policy import CompressionPolicy
-from ajpq.problem import Problem, SearchResult
+from ajpq.problem import Problem
 
 
-class FilledUniform:
+class FilledUniform(Uniform):
     """From every policy of `Uniform`, blocks of kernels are raised by one width, one after the other, each where that
     keeps all budgets; inputs, where their width is a choice, come after all blocks. Three orders of the blocks are
     tried: by importance per cost (summed importance of a block's kernels over the part of the scarcest budget that
@@ -19,20 +19,6 @@ class FilledUniform:
     evaluations: at most so many policies are scored, of every order evenly spaced between the widest and the
     narrowest. step: of sparsity.
     """
-
-    def __init__(self, evaluations: int = 100, step: float = STEP) -> None:
-        self.evaluations, self.step = evaluations, step
-
-    def search(self, problem: Problem) -> SearchResult:
-        found = self._few(problem, self.evaluations - problem.evaluations)
-        if found is None:
-            raise nothing_fits(problem)
-        problem.score_all(found)
-        return problem.result()
-
-    def policies(self, problem: Problem) -> list[CompressionPolicy]:
-        """Those that `search` scores first; none where no homogeneous one meets the budgets."""
-        return self._few(problem, self.evaluations) or []
 
     def _few(self, problem: Problem, n: int) -> list[CompressionPolicy] | None:
         genome, found = Genome(problem.space), homogeneous_within(problem, self.step)

@@ -60,10 +60,9 @@ def nothing_fits(problem: Problem) -> AjpqError:
 
 class Uniform:
     """For every width, the least sparsity (in steps of `step`, the same in every space) that meets all budgets; the
-    best of them.
+    best of them. Also a control (`ajpq.control`) of other searches.
 
-    evaluations: at most so many policies are scored, evenly spaced between the widest and the narrowest. Also a control
-    (`ajpq.control`) of other searches.
+    evaluations: at most so many policies are scored, evenly spaced between the widest and the narrowest.
     """
 
     def __init__(self, evaluations: int = 100, step: float = STEP) -> None:
@@ -77,9 +76,10 @@ class Uniform:
         return problem.result()
 
     def policies(self, problem: Problem) -> list[CompressionPolicy]:
-        """Those that `search` scores first; none where none meets the budgets."""
+        """Those that `search` scores first; none where no homogeneous one meets the budgets."""
         return self._few(problem, self.evaluations) or []
 
     def _few(self, problem: Problem, n: int) -> list[CompressionPolicy] | None:
+        """At most n; None where no homogeneous one meets the budgets."""
         found = homogeneous_within(problem, self.step)
         return [point.policy(problem) for point in spread(found, n)] if found else None
