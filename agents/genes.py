@@ -73,9 +73,7 @@ class Genome:
     def _touched(self, gene: Gene) -> tuple[int, ...]:
         names = {self.network.layers[gene.layer].name}
         for s in gene.spaces:
-            names |= {*self.network.spaces[s].writers, *self.network.readers[s]}
-            norms = set(self.network.spaces[s].norms)
-            names |= {n.charged_to for n in self.network.norms if n.name in norms and n.folds_into is None}
+            names |= self.network.carriers[s]
         return tuple(sorted(self.network.index[name] for name in names))
 
     def __len__(self) -> int:

@@ -148,15 +148,16 @@ class Architecture(nn.Module):
         return parts.acts[self.act_rows[layer.name]]
 
     def _there(self, name: str, parts: Parts) -> Tensor:
-        """The probability that a layer or batch-norm is not skipped, (); branches may lie in each other."""
+        """The probability that a layer, a batch-norm or the node of a gather is not skipped, (); branches may lie in each
+        other."""
         inside = [i for i, members in enumerate(self._members) if name in members]
         return parts.taken.double()[inside].prod()
 
     @cached_property
     def _members(self) -> list[frozenset[str]]:
-        """Layers and batch-norms of every branch."""
+        """Layers, batch-norms and nodes of every branch."""
         gone = [self.network.without(branch.layers) for branch in self.branches]
-        return [skipped.layers | skipped.norms for skipped in gone]
+        return [skipped.layers | skipped.norms | skipped.nodes for skipped in gone]
 
     def loads(self, parts: Parts) -> list[Load]:
         """Every layer's expected load: widths, surviving inputs and kernels in expectation, which is exact for costs
@@ -175,6 +176,8 @@ class Architecture(nn.Module):
             side = kept.new_tensor(float(self.network.other_parameters if first else 0))
             for norm in self.network.unfolded.get(layer.name, ()):
                 side = side + kept[norm.channels].sum() * self._there(norm.name, parts)
+            for node in self.network.gathers.get(layer.name, ()):
+                side = side + kept[self.network.values[node]].sum() * self._there(node, parts) / 4
             written = kept[layer.writes] * self._there(layer.name, parts)
             found.append(Load(layer, inputs, written, width, act, side, first))
         return found

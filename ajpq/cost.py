@@ -56,7 +56,8 @@ def _stack(values: list[Tensor]) -> Tensor:
 class Size:
     """Bits of the packed file, header included: for a surviving kernel of b <= 8 bits and n weights ``b n + 16 (scale)
     + 16 (bias, if the layer has one) + 4 (its width)``, for one of 32 bits ``32 n + 32 (bias) + 4``; 32 per channel of
-    a batch-norm that cannot be folded and per other parameter; for the header (graph and geometry) 48 bytes per layer
+    a batch-norm that cannot be folded and per other parameter; 8 per channel that is picked by its number (shuffles), a
+    bound, as they are compressed; for the header (graph and geometry) 48 bytes per layer
     and 1,024 bytes once. Of a layer that keeps no kernel nothing is left but 12 bytes of header, for what stays of its
     block: activation functions, paddings, slices.
 
@@ -122,14 +123,16 @@ class UniqBOPs:
         return load.layer.positions * (load.kept * per_position).sum()
 
 
-def side_words(network: Network, alive: np.ndarray, layer: LayerSpec, skipped: Skipped | None = None) -> int:
-    """32-bit words stored beside a layer: norms that cannot be folded, and with the first layer all other parameters;
-    without those of skipped branches.
+def side_words(network: Network, alive: np.ndarray, layer: LayerSpec, skipped: Skipped | None = None) -> float:
+    """32-bit words stored beside a layer: norms that cannot be folded, a byte for every channel that is picked by its
+    number, and with the first layer all other parameters; without those of skipped branches.
     """
     skipped = skipped or network.without(())
     norms = [norm for norm in network.unfolded.get(layer.name, ()) if norm.name not in skipped.norms]
     others = network.other_parameters - skipped.parameters if layer is network.layers[0] else 0
-    return sum(int(alive[norm.channels].sum()) for norm in norms) + others
+    gathers = [node for node in network.gathers.get(layer.name, ()) if node not in skipped.nodes]
+    picked = sum(int(alive[network.values[node]].sum()) for node in gathers)
+    return sum(int(alive[norm.channels].sum()) for norm in norms) + picked / 4 + others
 
 
 def inputs_per_kernel(layer: LayerSpec, alive: np.ndarray) -> int:
@@ -149,7 +152,7 @@ def load_of(
         (bits > 0).double(),
         bits,
         torch.tensor(float(act_bits), dtype=torch.float64),
-        torch.tensor(float(side_words(network, alive, layer, skipped)), dtype=torch.float64),
+        torch.tensor(side_words(network, alive, layer, skipped), dtype=torch.float64),
         layer is network.layers[0],
     )
 

@@ -167,9 +167,7 @@ class Draft:
         for s in spaces:
             alive[network.spaces[s].channels] = True
             alive[self.space.prune_order[s][: self.space.n_pruned(s, sparsity)]] = False
-        touched = {name for s in spaces for name in (*network.spaces[s].writers, *network.readers[s])}
-        norms = {name for s in spaces for name in network.spaces[s].norms}
-        touched |= {norm.charged_to for norm in network.norms if norm.name in norms and norm.folds_into is None}
+        touched = {name for s in spaces for name in network.carriers[s]}
         weights, costs = {}, self.costs.copy()
         for i, layer in enumerate(network.layers):
             if layer.name in touched:

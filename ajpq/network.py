@@ -133,6 +133,42 @@ class Network:
         return found
 
     @cached_property
+    def gathers(self) -> dict[str, list[str]]:
+        """Layer name -> the nodes, charged to that layer, that pick channels in an order of their own (shuffle, every
+        other channel): once some of these are pruned, the packed file holds the places of the others."""
+        found: dict[str, list[str]] = {}
+        nodes = list(self.module.graph.nodes)
+        for at, node in enumerate(nodes):
+            move = self.moves.get(node.name)
+            if move is None or move.kind != "gather" or (np.diff(move.index) == 1).all():
+                continue  # what is contiguous stays so when channels go
+            if all(self._passes_by(user, node) for user in node.users):
+                continue
+            later = [n.target for n in nodes[at:] if n.op == "call_module" and n.target in self.index]
+            found.setdefault(later[0] if later else self.layers[-1].name, []).append(node.name)
+        return found
+
+    def _passes_by(self, user: fx.Node, node: fx.Node) -> bool:
+        """Whether surgery emits the user from an earlier node, so that it does not need this one."""
+        move = self.moves.get(user.name)
+        if move is None:  # chunks are a tuple of values
+            return user.name not in self.values and bool(user.users) and all(self._passes_by(u, node) for u in user.users)
+        return move.kind in ("gather", "flatten") and move.root != node.name
+
+    @cached_property
+    def carriers(self) -> tuple[frozenset[str], ...]:
+        """For every space, the layers whose cost depends on which of its channels survive."""
+        found = [{*space.writers, *read} for space, read in zip(self.spaces, self.readers, strict=True)]
+        for norm in self.norms:
+            if norm.folds_into is None:
+                for s in np.unique(self.space_of[norm.channels]):
+                    found[s].add(norm.charged_to)
+        for layer, nodes in self.gathers.items():
+            for s in np.unique(self.space_of[np.concatenate([self.values[node] for node in nodes])]):
+                found[s].add(layer)
+        return tuple(map(frozenset, found))
+
+    @cached_property
     def branches(self) -> tuple[Branch, ...]:
         """The residual branches that may be skipped."""
         return branches_of(self)

@@ -239,6 +239,23 @@ def test_totals_are_sums_and_units_are_told():
     assert [model.unit for model in MODELS] == ["bit", "MAC", "BOP", "BOP"]
 
 
+class Shuffles(nn.Module):
+    """More channels picked by their numbers than the header of its layers has room for."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.convs, self.head = nn.Conv2d(3, 600, 1), nn.ModuleList(), nn.Linear(600, 2)
+        for _ in range(4):
+            self.convs.append(nn.Conv2d(300, 300, 1))
+
+    def forward(self, x):
+        x = self.stem(x)
+        for conv in self.convs:
+            left, right = x.chunk(2, 1)
+            x = nn.functional.channel_shuffle(torch.cat([left, conv(right).relu()], 1), 2)
+        return self.head(x.mean((2, 3)))
+
+
 SMALL = {
     "one layer": lambda: traced(lambda m, x: m.a(x), a=conv(3, 4)),
     "two layers": lambda: traced(lambda m, x: m.b(m.a(x).relu()), a=conv(3, 6), b=conv(6, 6)),
@@ -252,6 +269,7 @@ SMALL = {
         lambda m, x: m.l((m.g(m.a(x)) * m.s).mean((2, 3))),
         a=conv(3, 4), g=nn.GroupNorm(2, 4), s=nn.Parameter(torch.ones(4, 1, 1)), l=nn.Linear(4, 5),
     ),
+    "shuffles": lambda: trace(randomise(Shuffles()), torch.randn(2, 3, 4, 4)),
     **{
         f"random {seed}": lambda seed=seed: trace(randomise(RandomNet(seed)), torch.randn(2, 3, 8, 8))
         for seed in (1, 16, 17, 21)  # of the first 25 those whose headers hold most beside layers
