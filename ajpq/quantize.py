@@ -194,7 +194,7 @@ def _just_outside(scale: float, lo: int, hi: int) -> tuple[float, float]:
 
 def _fast(x: Tensor) -> bool:
     """Whether plain vectorized passes are quicker than torch's own quantizer and masks, as on a CPU."""
-    return x.device.type == "cpu" and x.dtype == torch.float32
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
 
 
 def _act(x: Tensor, scale: Tensor, lo: int, hi: int) -> Tensor:

@@ -258,6 +258,27 @@ def test_activations_and_their_mask_are_those_of_torch_bit_for_bit(bits, signed)
 
 
 @pytest.mark.parametrize("signed", (False, True))
+@pytest.mark.parametrize("bits", (2, 4, 8))
+def test_activations_in_bfloat16_are_those_of_float32_but_for_a_rounding(bits, signed):
+    random = torch.Generator().manual_seed(bits)
+    x = torch.randn(8, 4, 32, 32, generator=random).bfloat16().contiguous(memory_format=torch.channels_last)
+    upstream = torch.randn(x.shape, generator=random).bfloat16()
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        put, scale = x.to(dtype, copy=True).requires_grad_(), torch.tensor(3 / 2**bits, requires_grad=True)
+        out = fake_quantize_act(put, scale, bits, signed)
+        out.backward(upstream.to(dtype))
+        assert out.dtype == put.grad.dtype == dtype and scale.grad.dtype == torch.float32
+        found.append((out.detach().float(), put.grad.float(), scale.grad))
+    (exact, to_x, to_scale), (near, near_to_x, near_to_scale) = found
+    apart = (near - exact).abs() / scale.detach()
+    assert apart.max() <= 1 and apart.mean() < (0.01 if bits < 8 else 0.25)  # codes, and the last bit of the values
+    assert torch.equal(to_x, near_to_x)
+    noise = upstream.float().norm() / (x.numel() * max(act_range(bits, signed)[1], 1)) ** 0.5  # of codes wrong by one
+    assert (near_to_scale - to_scale).abs() < 0.5 * noise
+
+
+@pytest.mark.parametrize("signed", (False, True))
 def test_one_bit_activations_have_a_finite_gradient(signed):
     x = torch.randn(2, 3, 5, 5).requires_grad_()
     scale = torch.tensor(0.3, requires_grad=True)
