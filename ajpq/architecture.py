@@ -148,8 +148,7 @@ class Architecture(nn.Module):
         return parts.acts[self.act_rows[layer.name]]
 
     def _there(self, name: str, parts: Parts) -> Tensor:
-        """The probability that a layer, a batch-norm or the node of a gather is not skipped, (); branches may lie in each
-        other."""
+        """The probability that a layer, batch-norm or node is not skipped, (); branches may lie in each other."""
         inside = [i for i, members in enumerate(self._members) if name in members]
         return parts.taken.double()[inside].prod()
 

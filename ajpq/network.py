@@ -151,8 +151,10 @@ class Network:
     def _passes_by(self, user: fx.Node, node: fx.Node) -> bool:
         """Whether surgery emits the user from an earlier node, so that it does not need this one."""
         move = self.moves.get(user.name)
-        if move is None:  # chunks are a tuple of values
-            return user.name not in self.values and bool(user.users) and all(self._passes_by(u, node) for u in user.users)
+        if move is None and user.name not in self.values and user.users:  # chunks: a tuple of values
+            return all(self._passes_by(other, node) for other in user.users)
+        if move is None:
+            return False
         return move.kind in ("gather", "flatten") and move.root != node.name
 
     @cached_property

@@ -157,8 +157,10 @@ class _ActSTE(torch.autograd.Function):
         lo, hi = ctx.range
         to_x, to_scale = within(grad, x, scale, lo, hi), None
         if ctx.needs_input_grad[1]:  # d out / d scale: (out - x) / scale inside, out / scale outside
-            rounding = out - x.clamp(lo * scale, hi * scale)  # 0 outside
-            to_scale = (inner(grad, rounding) + inner(grad - to_x, out)) / (scale * (x.numel() * max(hi, 1)) ** 0.5)
+            apart = out - x
+            total = inner(to_x, apart)
+            total = total + inner(torch.sub(grad, to_x, out=apart), out)
+            to_scale = total / (scale * (x.numel() * max(hi, 1)) ** 0.5)
         return to_x, to_scale, None, None
 
 

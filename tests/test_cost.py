@@ -250,9 +250,9 @@ class Shuffles(nn.Module):
 
     def forward(self, x):
         x = self.stem(x)
-        for conv in self.convs:
+        for mix in self.convs:
             left, right = x.chunk(2, 1)
-            x = nn.functional.channel_shuffle(torch.cat([left, conv(right).relu()], 1), 2)
+            x = nn.functional.channel_shuffle(torch.cat([left, mix(right).relu()], 1), 2)
         return self.head(x.mean((2, 3)))
 
 
