@@ -8,6 +8,7 @@ from optuna.trial import TrialState
 
 from agents.genes import Account, Genome
 from agents.uniform import homogeneous_within, spread
+from ajpq.errors import check_counts
 from ajpq.problem import Problem, SearchResult
 
 
@@ -32,6 +33,7 @@ class NSGA2:
     """
 
     def __init__(self, evaluations: int = 120, seed: int = 0, population: int = 10, spread: float = 0.15) -> None:
+        check_counts(2, population=population)
         self.evaluations, self.seed, self.population, self.spread = evaluations, seed, population, spread
 
     def search(self, problem: Problem) -> SearchResult:

@@ -21,6 +21,7 @@ from agents.controller import Controller, algorithm_of
 from agents.genes import Account, Genome
 from agents.linear_program import settle
 from agents.sensitivity import Sensitivity
+from ajpq.errors import AjpqError, check_counts
 from ajpq.problem import Problem, SearchBackend, SearchResult
 from envs.views import Views, turn, views_of
 
@@ -108,6 +109,10 @@ class Hierarchical:
         views: Views | None = None,
         on_episode: Callable[[int, float, float], None] | None = None,
     ) -> None:
+        check_counts(1, batch=batch, batch_size=batch_size)
+        check_counts(0, gradient_steps=gradient_steps)
+        if not few >= 1:
+            raise AjpqError(f"`few >= 1` must hold, but {few=}; 1 changes one decision of a plan")
         self.kind, self.evaluations, self.seed, self.start = algorithm_of(algorithm), evaluations, seed, start
         self.share = share
         self.warmup, self.spread, self.elite, self.parents = max(warmup, 1), spread, elite, max(parents, 1)

@@ -6,6 +6,7 @@ import numpy as np
 
 from agents.genes import Account, Genome
 from agents.uniform import homogeneous_within, spread
+from ajpq.errors import AjpqError, check_counts
 from ajpq.problem import Problem, SearchResult
 
 
@@ -31,6 +32,11 @@ class HillClimbing:
         patience: int = 100,
         batch: int = 1,
     ) -> None:
+        check_counts(1, batch=batch, patience=patience)
+        if not changes >= 1:
+            raise AjpqError(
+                f"`changes >= 1` must hold for hill climbing, but {changes=}; 1 moves one decision at a time"
+            )
         self.evaluations, self.seed, self.changes, self.reach = evaluations, seed, changes, reach
         self.fill, self.patience, self.batch = fill, patience, batch
 

@@ -175,8 +175,8 @@ class Architecture(nn.Module):
             side = kept.new_tensor(float(self.network.other_parameters if first else 0))
             for norm in self.network.unfolded.get(layer.name, ()):
                 side = side + kept[norm.channels].sum() * self._there(norm.name, parts)
-            for node in self.network.gathers.get(layer.name, ()):
-                side = side + kept[self.network.values[node]].sum() * self._there(node, parts) / 4
+            for node, each in self.network.gathers.get(layer.name, {}).items():
+                side = side + kept[self.network.values[node]].sum() * self._there(node, parts) * each / 4
             written = kept[layer.writes] * self._there(layer.name, parts)
             found.append(Load(layer, inputs, written, width, act, side, first))
         return found

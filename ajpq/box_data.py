@@ -16,8 +16,8 @@ from torchvision.transforms import v2
 
 from ajpq.data import Data
 from ajpq.epochs import batches_in, begun, restarted, seeded
-from ajpq.errors import AjpqError
-from ajpq.pictures import Pictures, check_counts
+from ajpq.errors import AjpqError, check_counts
+from ajpq.pictures import Pictures
 
 Labelled = dict[Path, list[tuple[float, float, float, float]]]  # image -> corners x1, y1, x2, y2 in pixels
 RESIZE = {"nearest": Image.NEAREST, "bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ajpq.errors import AjpqError
+from ajpq.pictures import rgb
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SUFFIXES = {".jpg", ".jpeg", ".png"}
@@ -126,7 +127,7 @@ def _pixels(path: Path) -> np.ndarray:
     try:
         with Image.open(path, formats=("JPEG", "PNG")) as image:
             if image.size == (32, 32):
-                return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+                return np.asarray(rgb(image))
             size = image.size
     except (OSError, ValueError, SyntaxError) as error:
         raise AjpqError(

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from ajpq import ops, quantize
 from ajpq.bank import WeightBank
 from ajpq.calibration import Calibration, range_of
+from ajpq.errors import AjpqError
 from ajpq.layers import ActQuant, ChannelAffine, FrozenLayer, Geometry, QuantLayer
 from ajpq.network import Network
 from ajpq.outputs import module_of, name_of
@@ -55,6 +56,16 @@ def compress(
             layer.name, QuantLayer(plain.weight, plain.bias, torch.from_numpy(bits), scale, Geometry.of(plain), act)
         )
     return small.eval()
+
+
+def check_norms(network: Network) -> None:
+    """Raises AjpqError for a batch-norm that `freeze` could not finish, before anything is spent."""
+    for norm in network.norms:
+        if norm.folds_into is None:
+            try:
+                ChannelAffine(*_affine(network.module.get_submodule(norm.name)))
+            except AjpqError as error:
+                raise AjpqError(f"{norm.name}: {error}") from error
 
 
 @torch.no_grad()

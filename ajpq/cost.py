@@ -56,10 +56,10 @@ def _stack(values: list[Tensor]) -> Tensor:
 class Size:
     """Bits of the packed file, header included: for a surviving kernel of b <= 8 bits and n weights ``b n + 16 (scale)
     + 16 (bias, if the layer has one) + 4 (its width)``, for one of 32 bits ``32 n + 32 (bias) + 4``; 32 per channel of
-    a batch-norm that cannot be folded and per other parameter; 8 per channel that is picked by its number (shuffles), a
-    bound, as they are compressed; for the header (graph and geometry) 48 bytes per layer
-    and 1,024 bytes once. Of a layer that keeps no kernel nothing is left but 12 bytes of header, for what stays of its
-    block: activation functions, paddings, slices.
+    a batch-norm that cannot be folded and per other parameter; 8 or 16 per channel that is picked by its number
+    (shuffles, see `Network.gathers`), though these are compressed; for the header (graph and geometry) 48 bytes per
+    layer and 1,024 bytes once. Of a layer that keeps no kernel nothing is left but 12 bytes of header, for what stays
+    of its block: activation functions, paddings, slices.
 
     The header is compressed, so its share is a bound, not a count. Once come 350 to 560 bytes of the file format, a
     row for every part that is not empty (see `ajpq.shipping`), and what belongs to no layer: inputs and outputs,
@@ -124,14 +124,14 @@ class UniqBOPs:
 
 
 def side_words(network: Network, alive: np.ndarray, layer: LayerSpec, skipped: Skipped | None = None) -> float:
-    """32-bit words stored beside a layer: norms that cannot be folded, a byte for every channel that is picked by its
-    number, and with the first layer all other parameters; without those of skipped branches.
+    """32-bit words stored beside a layer: norms that cannot be folded, the places of channels that are picked by their
+    numbers, and with the first layer all other parameters; without those of skipped branches.
     """
     skipped = skipped or network.without(())
     norms = [norm for norm in network.unfolded.get(layer.name, ()) if norm.name not in skipped.norms]
     others = network.other_parameters - skipped.parameters if layer is network.layers[0] else 0
-    gathers = [node for node in network.gathers.get(layer.name, ()) if node not in skipped.nodes]
-    picked = sum(int(alive[network.values[node]].sum()) for node in gathers)
+    gathers = network.gathers.get(layer.name, {}).items()
+    picked = sum(n * int(alive[network.values[node]].sum()) for node, n in gathers if node not in skipped.nodes)
     return sum(int(alive[norm.channels].sum()) for norm in norms) + picked / 4 + others
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, RandomSampler, Subset
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset
 
 from ajpq.cifar_files import CIFAR10, CIFAR100, Kind, Source, fetch, open_cifar
 from ajpq.epochs import batches_in, begun, restarted, seeded
@@ -53,6 +53,8 @@ def divide(batches: Batches, share: float, seed: int) -> tuple[Batches, Batches]
         )
     if isinstance(batches, DataLoader) and not isinstance(batches.dataset, Sized):
         raise AjpqError("training images can be divided where their number is known, but this dataset is a stream")
+    if isinstance(batches, DataLoader):
+        _check_order(batches)
     whole = batches.images if in_memory else batches.dataset if by_image else batches
     count = round(share * len(whole))
     if not 0 < count < len(whole):
@@ -62,6 +64,17 @@ def divide(batches: Batches, share: float, seed: int) -> tuple[Batches, Batches]
         )
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
     return _part(batches, order[:count]), _part(batches, order[count:])
+
+
+def _check_order(loader: DataLoader) -> None:
+    """Whether it yields all of its dataset: a sampler may leave out what is to be held out."""
+    plain = type(loader.sampler) in (RandomSampler, SequentialSampler)
+    if not plain or loader.batch_size is None or len(loader.sampler) != len(loader.dataset):
+        raise AjpqError(
+            "training images can be divided in a DataLoader that yields its whole dataset in batches, but this one has "
+            f"a sampler of its own ({type(loader.sampler if loader.batch_size else loader.batch_sampler).__name__}); "
+            "wrap the images that it draws in torch.utils.data.Subset and shuffle those"
+        )
 
 
 def _part(batches: Batches, chosen: Tensor) -> Batches:
@@ -185,7 +198,10 @@ def digits(
             f"and {search=}: "
             "leave some of the images for each of train, search and test."
         )
-    order = stratified_order(bunch.target, seed)
+    order = stratified_order(bunch.target, 0)
+    if seed:  # draws train and search anew from what is left of the same test split
+        rest = order[: n_train + n_search]
+        order = np.concatenate([rest[stratified_order(bunch.target[rest], seed)], order[n_train + n_search :]])
     labels = torch.from_numpy(bunch.target).long()
     norm = {"scale": 16.0, "mean": (0.3053,), "std": (0.3760,)}
 

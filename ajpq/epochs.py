@@ -36,6 +36,12 @@ def begun(epochs: torch.Generator) -> torch.Generator:
     return torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=epochs)))
 
 
+def skip(batches: Iterable, epochs: int) -> None:
+    """Begin so many epochs and leave them: the next one is that which a training of that length would see."""
+    for _ in range(epochs):
+        next(iter(batches), None)
+
+
 def orders_of(batches: Iterable) -> list[Tensor]:
     """What the next epoch's order depends on, for `go_on`: the states of the random generators that a loader holds. A
     DataLoader without one draws from torch's own, whose state is the caller's business."""
@@ -56,8 +62,7 @@ def go_on(batches: Iterable, orders: Sequence[Tensor], epochs: int) -> None:
             "again"
         )
     if not generators and not isinstance(batches, DataLoader):
-        for _ in range(epochs):
-            next(iter(batches), None)
+        skip(batches, epochs)
     for generator, order in zip(generators, orders, strict=True):
         generator.set_state(order)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from itertools import islice
+from typing import Any
 
 from torch import Tensor, fx, nn
 
@@ -35,6 +36,7 @@ def finetune(
     norm_batches: int = 100,
     frozen_norms: float = 0.0,
     on_epoch: Callable[[int, dict], None] | None = None,
+    also: Mapping[str, Any] | None = None,
     seed: int = 0,
     **training,
 ) -> fx.GraphModule:
@@ -53,6 +55,7 @@ def finetune(
         they have the running statistics of training.
     frozen_norms: the fraction of all steps, the last ones, in which their statistics are fixed, see `FrozenNorms`; they
         are re-estimated before these steps then, not after. 1 with norm_batches=0: as the student came with them.
+    also: plain data on what the student came from, that a checkpoint must agree with.
     training: further keywords of `training.fit`. epochs=0 only re-estimates and finishes.
 
     After an interrupt the student has its final widths. Raises AjpqError as `fit` does.
@@ -62,6 +65,8 @@ def finetune(
         distillation=teacher is not None, norm_batches=norm_batches, frozen_norms=frozen_norms, **training,
     )  # fmt: skip
     draw_alike()
+    ours = {"lowering": lowering, "lift": lift, "activations": activations, "norm_batches": norm_batches,
+            "frozen_norms": frozen_norms}  # fmt: skip
     inner = None
     if features and epochs:
         if not kept:
@@ -82,6 +87,7 @@ def finetune(
         try:
             fit(
                 student, train, epochs=epochs, lr=lr, teacher=teacher, features=inner, on_epoch=on_epoch, seed=seed,
+                also={**ours, **(also or {})},
                 change=lambda *at: [anew for change in changes for anew in change(*at)], **training,
             )  # fmt: skip
         finally:

@@ -154,12 +154,13 @@ class Energy:
 
 
 def _moved(load: Load, weight_bits: Tensor, act_bits: Tensor) -> Tensor:
-    """() bits of all weights (c_out,), inputs and outputs of a layer at these widths. The input of a convolution is
-    taken to have as many pixels as its strided kernel can meet: positions x min(stride, kernel) on either axis."""
+    """() bits of all weights (c_out,), inputs and outputs of a layer at these widths; 0 for one that is skipped. The
+    input of a convolution is taken to have as many pixels as its strided kernel can meet: positions x min(stride,
+    kernel) on either axis."""
     layer, kernels = load.layer, load.kept.sum()
     groups = kernels * (layer.groups / layer.c_out) if layer.kind == "depthwise" else layer.groups
     pixels = layer.positions * math.prod(map(min, layer.stride, layer.kernel))
-    features = load.inputs * groups * pixels + kernels * layer.positions
+    features = load.inputs * groups * pixels * kernels.clamp(max=1) + kernels * layer.positions
     return load.weights_per_kernel * (load.kept * weight_bits).sum() + features * act_bits
 
 

@@ -13,8 +13,8 @@ import torch
 from torchvision.transforms import v2
 
 from ajpq.data import Data, stratified_order
-from ajpq.errors import AjpqError
-from ajpq.pictures import PictureBatches, Pictures, check_counts
+from ajpq.errors import AjpqError, check_counts
+from ajpq.pictures import PictureBatches, Pictures
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -6,14 +6,14 @@ A sample is a mapping seed -> value. What has no seed has one value, under None:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 
 LEVEL = 0.95
-Sample = Mapping[int | None, float]
+Sample = Mapping[Hashable, float]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ajpq import quantize
+from ajpq.errors import AjpqError
 from ajpq.quantize import FLOAT
 
 
@@ -175,12 +176,20 @@ class FrozenLayer(nn.Module):
 
 
 class ChannelAffine(nn.Module):
-    """A finished batch-norm that no layer could absorb: ``x * scale + shift``, float16 (C,) each."""
+    """A finished batch-norm that no layer could absorb: ``x * scale + shift``, float16 (C,) each. Raises AjpqError for
+    values that float16 does not hold."""
 
     def __init__(self, scale: Tensor, shift: Tensor) -> None:
         super().__init__()
-        self.register_buffer("scale", scale.to(torch.float16))
-        self.register_buffer("shift", shift.to(torch.float16))
+        for name, values in (("scale", scale), ("shift", shift)):
+            half = values.to(torch.float16)
+            if not half.isfinite().all():
+                raise AjpqError(
+                    f"a batch-norm that no layer absorbs is stored as float16, at most 65,504, but one has a {name} of "
+                    f"{values.abs().max().item():g}; its channel hardly varies: bring inputs to mean 0 and deviation 1 "
+                    "before, or leave the norm out"
+                )
+            self.register_buffer(name, half)
 
     def forward(self, x: Tensor) -> Tensor:
         shape = (1, -1, *([1] * (x.ndim - 2)))

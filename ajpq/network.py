@@ -133,10 +133,12 @@ class Network:
         return found
 
     @cached_property
-    def gathers(self) -> dict[str, list[str]]:
+    def gathers(self) -> dict[str, dict[str, int]]:
         """Layer name -> the nodes, charged to that layer, that pick channels in an order of their own (shuffle, every
-        other channel): once some of these are pruned, the packed file holds the places of the others."""
-        found: dict[str, list[str]] = {}
+        other channel): once some of these are pruned, the packed file holds the places of the others, of so many bytes
+        each. Our choice: two; one of up to 128 channels, and of up to 512 in the order of a shuffle or slice, which
+        compresses well."""
+        found: dict[str, dict[str, int]] = {}
         nodes = list(self.module.graph.nodes)
         for at, node in enumerate(nodes):
             move = self.moves.get(node.name)
@@ -145,7 +147,9 @@ class Network:
             if all(self._passes_by(user, node) for user in node.users):
                 continue
             later = [n.target for n in nodes[at:] if n.op == "call_module" and n.target in self.index]
-            found.setdefault(later[0] if later else self.layers[-1].name, []).append(node.name)
+            charged = found.setdefault(later[0] if later else self.layers[-1].name, {})
+            shuffled, among = len(np.unique(np.diff(move.index))) <= 2, len(self.values[move.root])
+            charged[node.name] = 1 if among <= (512 if shuffled else 128) else 2
         return found
 
     def _passes_by(self, user: fx.Node, node: fx.Node) -> bool:

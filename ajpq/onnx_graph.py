@@ -71,7 +71,7 @@ class _Rewriter:
         """ReLU and ReLU6 before quantizers become limits of the codes: runtimes then see the convolution end in one."""
         for node in list(self.net.graph.nodes):
             top = self.top_of_relu(node)
-            if top is None or not all(user in self.grids for user in node.users):
+            if top is None or not node.users or not all(user in self.grids for user in node.users):
                 continue
             for user in list(node.users):
                 grid = self.grids[user]

@@ -77,7 +77,7 @@ def pad(final: fx.GraphModule, network: Network, policy: CompressionPolicy, mult
         return final
     made = freeze(shrink(network, wide, policy.skipped(network)))
     norms = {norm.name: norm.channels for norm in network.norms}
-    for name in dict.fromkeys(str(node.target) for node in made.graph.nodes if node.op == "call_module"):
+    for name in sorted(_called(final) & _called(made)):
         old = final.get_submodule(name)
         if isinstance(old, FrozenLayer):
             there = kept_weights(network[name], wide)
@@ -128,6 +128,7 @@ def _wider(old: FrozenLayer, plain: FrozenLayer, kernels: Tensor, inputs: Tensor
 def _copy_tensors(final: fx.GraphModule, made: fx.GraphModule, network: Network) -> None:
     """Tensors that the graph of the original reads by itself may have learned, too."""
     theirs = {str(node.target) for node in network.module.graph.nodes if node.op == "get_attr"}
+    theirs &= {str(node.target) for node in final.graph.nodes if node.op == "get_attr"}
     for node in made.graph.nodes:
         if node.op == "get_attr" and node.target in theirs:
             old, new = (_tensor(module, node.target) for module in (final, made))
@@ -141,7 +142,8 @@ def _tensor(module: nn.Module, path: str) -> Tensor:
 
 def _copy_output_quantizers(final: fx.GraphModule, made: fx.GraphModule) -> None:
     """Quantizers stand behind modules, which are called in the same order in both, or behind a ReLU behind one."""
-    twins = dict(zip(*map(_calls, (final, made)), strict=True))
+    both = _called(final) & _called(made)
+    twins = dict(zip(*([n for n in net.graph.nodes if n.target in both] for net in (final, made)), strict=True))
     for node in final.graph.nodes:
         act = module_of(final, node)
         if isinstance(act, ActQuant):
@@ -151,6 +153,8 @@ def _copy_output_quantizers(final: fx.GraphModule, made: fx.GraphModule) -> None
             put(made, str(node.target), place)
 
 
-def _calls(network: fx.GraphModule) -> list[fx.Node]:
-    calls = [node for node in network.graph.nodes if node.op == "call_module"]
-    return [node for node in calls if not isinstance(module_of(network, node), ActQuant)]
+def _called(network: fx.GraphModule) -> set[str]:
+    """Modules that a finished network calls. Where all channels are there, a shuffle is the module that it was; where
+    some are missing it is an index, and not among them."""
+    calls = (node for node in network.graph.nodes if node.op == "call_module")
+    return {str(node.target) for node in calls if not isinstance(module_of(network, node), ActQuant)}

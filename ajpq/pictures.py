@@ -62,11 +62,11 @@ class Cache:
             self._used[0] = start + image.numel()
 
 
-def check_counts(least: int, **counts: int | None) -> None:
-    """Raise AjpqError for a setting below `least`; None is not given."""
-    for name, value in counts.items():
-        if value is not None and value < least:
-            raise AjpqError(f"`{name} >= {least}` must hold, but {name}={value}; give another number")
+def rgb(image: Image.Image) -> Image.Image:
+    """Any picture in 8 bits per colour. Grey ones of 16 bits, which Pillow would clip, keep their upper 8."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 class Pictures:
@@ -99,7 +99,7 @@ class Pictures:
         if image is None:
             try:
                 with Image.open(self.paths[number]) as file:
-                    whole = file.convert("RGB")
+                    whole = rgb(file)
                     image = functional.pil_to_tensor(whole if self._ready is None else self._ready(whole))
             except Exception:  # a damaged file can fail in any way
                 return None

@@ -18,7 +18,7 @@ from ajpq.compression import freeze
 from ajpq.console import Screen
 from ajpq.control import Beside, Comparison, Control
 from ajpq.data import take
-from ajpq.errors import AjpqError
+from ajpq.errors import AjpqError, check_counts
 from ajpq.features import survivors
 from ajpq.files import remove_parts, write_text
 from ajpq.finetuning import finetune
@@ -54,6 +54,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
     screen = Screen()
     backend = instantiate(cfg.search, _convert_="all")  # its errors come before anything is spent
     control = instantiate(cfg.control, _convert_="all") or None
+    check_counts(1, evaluations=getattr(backend, "evaluations", None))
     check_timing(cfg.timing)
     check_multiple(cfg.onnx_multiple)
     _check_folder(folder, resumed=cfg.resume is not None)
@@ -82,6 +83,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
                 task=problem.task,
                 kept=survivors(network, result.policy),
                 checkpoint=folder / TUNING,
+                also={"reconstruct_images": cfg.reconstruct_images},
                 seed=cfg.seed,
                 **settings,
                 on_epoch=epochs(advance),
@@ -135,11 +137,12 @@ def _shipped(
 ) -> tuple[Path, dict[str, Any] | None]:
     """The packed file, and what is to be told of model.onnx; None without one."""
     with screen.stage("ship"):
+        path = ship(final, folder)
         if not cfg.onnx:
-            return ship(final, folder), None
+            return path, None
         images = torch.cat([x for x, *_ in take(job.data.calibration, ONNX_IMAGES)])
         try:
-            path = ship(final, folder, images=images, onnx=pad(final, job.network, policy, cfg.onnx_multiple))
+            ship(final, folder, images=images, onnx=pad(final, job.network, policy, cfg.onnx_multiple))
             shipped, original = (folder / ONNX).read_bytes(), float_onnx(job.original.module, images)
         except AjpqError as error:
             screen.say(str(error))

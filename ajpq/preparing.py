@@ -20,16 +20,17 @@ from ajpq.compression import compress
 from ajpq.console import Advance, Screen
 from ajpq.correction import Correction, advice, check_correction
 from ajpq.data import Data, take
-from ajpq.errors import AjpqError
+from ajpq.epochs import skip
+from ajpq.errors import AjpqError, check_counts
 from ajpq.memory import keep_freed_memory
 from ajpq.network import Network
 from ajpq.policy import CompressionPolicy
-from ajpq.problem import CALIBRATION_IMAGES, Problem, reachable
+from ajpq.problem import CALIBRATION_IMAGES, Problem, check_risk, reachable
 from ajpq.reconstruction import reconstruct
 from ajpq.space import SearchSpace
 from ajpq.tasks import Task
 from ajpq.tracing import trace
-from ajpq.training import check_settings, fit
+from ajpq.training import check_settings, count_of, fit
 
 PARTS = ("task", "data", "model", "choices", "costs", "importance", "reward", "evaluator")
 TRAINED, SHARED = "original.safetensors", "shared.safetensors"
@@ -69,6 +70,7 @@ def prepare(cfg: DictConfig, folder: Path, screen: Screen) -> Prepared:
     `folder`/original.safetensors, and read from there if it is there; so are shared weights (shared.safetensors).
     """
     keep_freed_memory()
+    _check(cfg)
     torch.manual_seed(cfg.seed)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
@@ -82,6 +84,7 @@ def prepare(cfg: DictConfig, folder: Path, screen: Screen) -> Prepared:
     check = getattr(getattr(parts["evaluator"], "func", None), "check", None)
     if check is not None:
         check(**parts["evaluator"].keywords)
+    check_risk(getattr(parts["evaluator"], "keywords", {}).get("risk", 0), parts["reward"])
     check_correction(cfg.correction)
     limits, data = limits_of(cfg.budget), parts["data"]
     start = recipes.get("train", {}).pop("start", None)
@@ -95,6 +98,7 @@ def prepare(cfg: DictConfig, folder: Path, screen: Screen) -> Prepared:
     if cfg.checkpoint is None:
         if (folder / TRAINED).is_file():
             load_weights(model, folder / TRAINED)
+            skip(data.train, recipes["train"]["epochs"])
         else:
             _train(model, recipes["train"], parts["task"], cfg.seed, data, screen, folder)
         network = trace(model, images)
@@ -128,6 +132,14 @@ def prepare(cfg: DictConfig, folder: Path, screen: Screen) -> Prepared:
     )  # fmt: skip
 
 
+def _check(cfg: DictConfig) -> None:
+    """Whole numbers of a job. Raises AjpqError."""
+    check_counts(1, threads=cfg.threads, search_images=cfg.search_images)
+    if cfg.seed is None:
+        raise AjpqError("seed must be a whole number, but it is null; write seed=0")
+    check_counts(0, seed=cfg.seed, norm_images=cfg.norm_images, reconstruct_images=cfg.reconstruct_images)
+
+
 def _train(
     model: nn.Module, recipe: Mapping[str, Any], task: Task, seed: int, data: Data, screen: Screen, folder: Path
 ) -> None:  # fmt: skip
@@ -144,6 +156,7 @@ def _share(
     if path.is_file():
         module = copy.deepcopy(network.module)
         load_weights(module, path)
+        skip(data.train, -(-recipe["steps"] // count_of(data.train)))
         return replace(network, module=module)
     images = take(data.calibration, CALIBRATION_IMAGES)
     with screen.stage("share", recipe["steps"]) as advance:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ajpq.budget import Budget
 from ajpq.calibration import calibrate
+from ajpq.compression import check_norms
 from ajpq.correction import check_correction
 from ajpq.cost import BOPs, CostModel, MACs, Size
 from ajpq.data import Batches, take
@@ -125,6 +126,15 @@ def reachable(space: SearchSpace, budget: Mapping[str, float], costs: Mapping[st
     return Budget(space.network, {**default_costs(), **(costs or {})}, budget, space.cheapest())
 
 
+def check_risk(risk: float, reward: Reward) -> None:
+    """Raises AjpqError where an evaluator is to give candidates up but never could."""
+    if risk and reward is not accuracy_reward:
+        raise AjpqError(
+            f"a candidate can be given up early only where the accuracy is the reward, but evaluator.risk is {risk} "
+            "and the reward is another; use reward=accuracy or evaluator.risk=0"
+        )
+
+
 class Problem:
     """A network, the images to judge it on and the budget to meet.
 
@@ -169,6 +179,7 @@ class Problem:
         choices = choices or Choices()
         calibration = take(calibration, CALIBRATION_IMAGES)
         self.network = model if isinstance(model, Network) else trace(model, first_images(calibration))
+        check_norms(self.network)
         self.space = SearchSpace(self.network, choices, importance(self.network, calibration, task))
         self.budget = reachable(self.space, budget, costs)
         self.calibration = calibrate(self.network, calibration)
@@ -178,6 +189,7 @@ class Problem:
         self.evaluator = evaluator(
             Setting(self.network, self.calibration, norm_data, search, original, correction, task)
         )
+        check_risk(getattr(self.evaluator, "risk", 0), reward)
         self.history: list[Evaluation] = []
         self.checkpoint: Callable[[SearchBackend], None] | None = None
         self.on_scalar: Callable[[str, float, int], None] | None = None
@@ -193,7 +205,7 @@ class Problem:
     @property
     def best(self) -> Evaluation | None:
         """The first evaluation with the highest reward within budget."""
-        within = [e for e in self.history if e.score.within and e.score.whole]
+        within = [e for e in self.history if e.score.within and e.score.whole and not math.isnan(e.score.reward)]
         return max(within, key=lambda e: (e.score.reward, -e.number), default=None)
 
     def draft(self) -> Draft:

@@ -53,6 +53,10 @@ def check_settings(cfg: DictConfig) -> None:
         raise AjpqError(
             "ajpq-profile must be told what to do, but it is not; write what=FOLDER of a run, what=model, or table=FILE"
         )
+    if cfg.table is not None and Path(cfg.table).is_dir():
+        raise AjpqError(
+            f"a latency table must be a file, but {cfg.table} is a folder; write table={cfg.table}/table.json"
+        )
     if cfg.table is not None and cfg.runtime == "cuda":
         raise AjpqError("a latency table must be of a runtime of ONNX files, but the runtime is cuda; take onnxruntime")
     for key, least in (("batch", 1), ("rounds", 5)):

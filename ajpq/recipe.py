@@ -23,6 +23,15 @@ def check_settings(
     """Raise AjpqError where `fit` or `finetune` would not take these settings; for callers that want to know before
     they spend time. distillation: whether there is a teacher.
     """
+    numbers = {
+        "epochs": epochs, "lr": lr, "momentum": momentum, "warmup": warmup, "temperature": temperature,
+        "distill": distill, "clip_grad": clip_grad, "accumulate": accumulate, "ema": ema, "max_skips": max_skips,
+        "lowering": lowering, "lift": lift, "features": features, "norm_batches": norm_batches,
+        "frozen_norms": frozen_norms,
+    }  # fmt: skip
+    for name, number in numbers.items():
+        if not (number is None and name in ("clip_grad", "ema")) and not isinstance(number, (int, float)):
+            raise AjpqError(f"`{name}` must be a number for training, but it is {number!r}: change that setting.")
     rules = {
         "epochs >= 0": (epochs, epochs >= 0), "0 < lr < inf": (lr, 0 < lr < math.inf),
         f"optimizer in ({', '.join(OPTIMIZERS)})": (optimizer, optimizer in OPTIMIZERS),

@@ -38,7 +38,10 @@ class Choices:
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "act_bits"):
-            values = tuple(sorted({int(b) for b in getattr(self, name)}))
+            given = getattr(self, name)
+            if isinstance(given, (str, int, float)):
+                raise AjpqError(f"{name} must be a list of widths, but it is {given!r}; write [0,2,4,8]")
+            values = tuple(sorted({int(b) for b in given}))
             allowed = WIDTHS if name == "weight_bits" else WIDTHS[1:]
             if not set(values) <= set(allowed) or not set(values) - {0}:
                 raise AjpqError(

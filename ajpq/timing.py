@@ -86,8 +86,8 @@ class OpenVINO:
     def __init__(self, threads: int = 1, precision: str | None = None) -> None:
         import openvino
 
-        version = openvino.__version__ + (f" {precision}" if precision else "")
-        self.device = Device(processor(), "openvino", version, threads)
+        name = f"openvino_{precision}" if precision else "openvino"
+        self.device = Device(processor(), name, openvino.__version__, threads)
         self.core = openvino.Core()
         self.options = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
         if precision:

@@ -42,6 +42,7 @@ def trace(model: nn.Module, example: Tensor) -> Network:
             "`assert` and loops over values out of forward, or put them into a function under torch.fx.wrap"
         ) from error
     _drop_identities(module)
+    _name_no_inputs(module)
     example = example.detach()[:2].float().cpu()
     example = example if len(example) == 2 else example.repeat(2, *([1] * (example.ndim - 1)))
     walk = Walk(module)
@@ -74,6 +75,15 @@ def _drop_identities(module: fx.GraphModule) -> None:
         if [*node.args, *node.kwargs.values()] == node.all_input_nodes:  # of one value, and no more
             node.replace_all_uses_with(node.all_input_nodes[0])
             module.graph.erase_node(node)
+    module.recompile()
+
+
+def _name_no_inputs(module: fx.GraphModule) -> None:
+    """The input of a module that is called as ``conv(input=x)`` becomes its first argument, where all look for it."""
+    for node in module.graph.nodes:
+        values = list(node.kwargs.values())
+        if node.op == "call_module" and not node.args and values == node.all_input_nodes and len(values) == 1:
+            node.args, node.kwargs = tuple(values), {}
     module.recompile()
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +93,7 @@ def fit(
     temperature: float = 4.0, distill: float = 0.5, features: Features | None = None, clip_grad: float | None = None,
     scale_lr: float = 1.0, precision: str = "float32", accumulate: int = 1, ema: float | None = None,
     max_skips: int = 10, change: Callable[[int, int], Sequence[Tensor]] | None = None,
+    also: Mapping[str, Any] | None = None,
     checkpoint: Path | None = None, on_epoch: Callable[[int, dict], None] | None = None, seed: int = 0,
 ) -> list[dict]:  # fmt: skip
     """Train `model` in place; a row per epoch: epoch, loss, train_accuracy (the task's quality), seconds, lr, skipped.
@@ -115,6 +117,7 @@ def fit(
         momentum begins again, and the moving average of all weights.
     checkpoint: a file for the state after every epoch, from which an interrupted training continues where `model`,
         `batches` and settings are the same, and ends with the same bits. The caller removes it.
+    also: further settings, plain data, that must be the same for it.
     on_epoch(epoch, row): called after each epoch, counted from 1.
     seed: of torch's global generator while training (dropout, unseeded loaders); it is put back afterwards.
     Under several processes (see `ajpq.parallel`) each learns from its part of every batch, and all step alike: by the
@@ -137,13 +140,13 @@ def fit(
     spread(model)
     stepper = optimizer_of(optimizer, model, lr, momentum, weight_decay, scale_lr)
     trainable = [p for group in stepper.param_groups for p in group["params"]]
-    device, steps = device_of(model), epochs * math.ceil(_count(batches) / accumulate)
+    device, steps = device_of(model), epochs * math.ceil(count_of(batches) / accumulate)
     low = precision != "float32"
     cast = torch.autocast(device.type, PRECISIONS[precision], enabled=low)
     average = None if ema is None else Average(model, ema)
     chosen |= {"weight_decay": weight_decay, "scale_lr": scale_lr, "seed": seed, "steps": steps}
     chosen |= {"teacher": teacher is not None, "features": 0.0 if features is None else features.weight}
-    state = TrainingState(model, batches, stepper, average, chosen, device)
+    state = TrainingState(model, batches, stepper, average, chosen | dict(also or {}), device)
     rng = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with rng, _modes(model, training=True), _modes(teacher, training=False), features or nullcontext():
         torch.manual_seed(seed)
@@ -277,7 +280,8 @@ def device_of(model: nn.Module) -> torch.device:
     return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
-def _count(batches: Batches) -> int:
+def count_of(batches: Batches) -> int:
+    """Batches of an epoch."""
     try:
         return len(batches)
     except TypeError:  # a loader over a stream has no length

@@ -13,6 +13,7 @@ from typing import Any
 from ajpq import report as reporting
 from ajpq.console import Screen
 from ajpq.data import Batches, Data
+from ajpq.epochs import skip
 from ajpq.errors import AjpqError
 from ajpq.features import survivors
 from ajpq.files import remove_parts, replacing, write_text
@@ -113,8 +114,7 @@ class Tuner:
 def _later(train: Batches, seed: int) -> Batches:
     """The same images in other orders: those of a loader whose epochs are seeded, from its epoch `seed` on."""
     train = copy.deepcopy(train)
-    for _ in range(seed % 1000):
-        next(iter(train))
+    skip(train, seed % 1000)
     return train
 
 

@@ -84,12 +84,14 @@ class Variance:
         )  # fmt: skip
 
     def sample(self, point: str, kind: str) -> Sample:
-        """One value per policy; where there is one policy, one per repeat, under negative keys: they pair with none."""
+        """One value per policy; where there is one policy, one per repeat, under keys of its kind: they pair with none.
+        A single training is not known exactly; a policy that was only scored is."""
         trials = self.of(point, kind)
         if len(trials) > 1:
             return {trial.seed: trial.mean for trial in trials}
         values = trials[0].accuracies
-        return {-1 - i: value for i, value in enumerate(values)} if len(values) > 1 else {None: values[0]}
+        exact = self.split == "search" and len(values) == 1
+        return {None: values[0]} if exact else {(kind, i): value for i, value in enumerate(values)}
 
     def differences(self) -> dict[tuple[str, str, str], Difference]:
         """(point, kind, other kind that was measured before it) -> difference of mean accuracies."""

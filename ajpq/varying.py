@@ -126,7 +126,10 @@ def _grid(cfg: DictConfig) -> dict[str, tuple[int, float, int]]:
     for key in ("grid", "repeats"):
         if not OmegaConf.is_list(cfg[key]) or not cfg[key]:
             raise AjpqError(f"{key} must be a list of at least one, but it is {cfg[key]}; write {key}=[2,4]")
-    if not 0 < cfg.tolerance < 1:
+    repeats = OmegaConf.to_container(cfg.repeats)
+    if len(set(map(str, repeats))) < len(repeats) or not all(isinstance(n, int) and n >= 0 for n in repeats):
+        raise AjpqError(f"repeats must be different whole numbers, but they are {repeats}; write repeats=[0,1,2]")
+    if not (isinstance(cfg.tolerance, (int, float)) and 0 < cfg.tolerance < 1):
         raise AjpqError(f"0 < tolerance < 1 must hold, but it is {cfg.tolerance}; write tolerance=0.1")
     points: dict[str, tuple[int, float, int]] = {}
     for said in OmegaConf.to_container(cfg.grid):

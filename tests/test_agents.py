@@ -9,7 +9,9 @@ import stable_baselines3
 import torch
 from nets import problem_of
 
+from agents.evolution import NSGA2
 from agents.hierarchical import Hierarchical
+from agents.hill_climbing import HillClimbing
 from agents.linear_program import LinearProgram
 from agents.random_search import RandomSearch
 from agents.uniform import Uniform
@@ -261,3 +263,18 @@ def test_uniform_respects_its_number_of_evaluations_and_tells_when_there_is_none
     with pytest.raises(AjpqError, match="smallest reachable"):
         on(widest, 0.01, Choices(weight_bits=(2, 4, 8)))
     assert set(least.weight_bits["layer1.0.conv1"].tolist()) == {2}
+
+
+@pytest.mark.parametrize(
+    ("make", "rule"),
+    [
+        (lambda: Hierarchical(batch=0), "batch >= 1"),
+        (lambda: Hierarchical(few=0.5), "few >= 1"),
+        (lambda: HillClimbing(batch=-1), "batch >= 1"),
+        (lambda: HillClimbing(changes=0.5), "changes >= 1"),
+        (lambda: NSGA2(population=1), "population >= 2"),
+    ],
+)
+def test_numbers_that_no_search_can_have_are_refused(make, rule):
+    with pytest.raises(AjpqError, match=rule):
+        make()

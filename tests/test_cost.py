@@ -242,17 +242,18 @@ def test_totals_are_sums_and_units_are_told():
 class Shuffles(nn.Module):
     """More channels picked by their numbers than the header of its layers has room for."""
 
-    def __init__(self):
+    def __init__(self, channels, groups):
         super().__init__()
-        self.stem, self.convs, self.head = nn.Conv2d(3, 600, 1), nn.ModuleList(), nn.Linear(600, 2)
-        for _ in range(4):
-            self.convs.append(nn.Conv2d(300, 300, 1))
+        self.stem, self.head, self.groups = nn.Conv2d(3, channels, 1), nn.Linear(channels, 2), groups
+        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1, groups=channels) for _ in range(4))
+        for i in range(4 if groups is None else 0):
+            self.register_buffer(f"order{i}", torch.randperm(channels))
 
     def forward(self, x):
         x = self.stem(x)
-        for mix in self.convs:
-            left, right = x.chunk(2, 1)
-            x = nn.functional.channel_shuffle(torch.cat([left, mix(right).relu()], 1), 2)
+        for i, mix in enumerate(self.convs):
+            x = mix(x).relu()
+            x = nn.functional.channel_shuffle(x, self.groups) if self.groups else x[:, getattr(self, f"order{i}")]
         return self.head(x.mean((2, 3)))
 
 
@@ -269,7 +270,12 @@ SMALL = {
         lambda m, x: m.l((m.g(m.a(x)) * m.s).mean((2, 3))),
         a=conv(3, 4), g=nn.GroupNorm(2, 4), s=nn.Parameter(torch.ones(4, 1, 1)), l=nn.Linear(4, 5),
     ),
-    "shuffles": lambda: trace(randomise(Shuffles()), torch.randn(2, 3, 4, 4)),
+    **{
+        f"{channels} channels shuffled in {groups}": lambda channels=channels, groups=groups: trace(
+            randomise(Shuffles(channels, groups)), torch.randn(2, 3, 4, 4)
+        )
+        for channels, groups in ((256, 2), (256, None), (600, 2), (1024, None), (1024, 16))
+    },
     **{
         f"random {seed}": lambda seed=seed: trace(randomise(RandomNet(seed)), torch.randn(2, 3, 8, 8))
         for seed in (1, 16, 17, 21)  # of the first 25 those whose headers hold most beside layers

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, SubsetRandomSampler, TensorDataset
 
 from ajpq.cifar_files import CIFAR10_CLASSES
 from ajpq.data import ImageBatches, cifar10, cifar100, digits, divide, stratified_order
@@ -79,6 +79,13 @@ def test_digits_splits_are_disjoint_and_complete():
     assert data.classes == tuple("0123456789")
 
 
+def test_digits_of_every_seed_have_one_test_split():
+    first, second = digits(seed=0), digits(seed=1)
+    assert torch.equal(first.test.images, second.test.images)
+    assert keys(first.search) != keys(second.search) and not keys(second.search) & keys(second.test)
+    assert not keys(second.calibration) & keys(second.search)
+
+
 def test_digits_are_normalised_and_typed():
     images, labels = all_of(digits().test)
     assert images.dtype == torch.float32 and images.shape == (360, 1, 8, 8) and labels.dtype == torch.int64
@@ -129,6 +136,16 @@ def test_parts_are_disjoint_and_complete():
         assert {int(i) for epoch in range(4) for _, y in again for i in y} == ours
     order = [y for _, y in divide(DataLoader(dataset, 50), 0.5, seed=0)[0]]
     assert torch.equal(torch.cat(order), torch.cat([y for _, y in divide(DataLoader(dataset, 50), 0.5, seed=0)[0]]))
+
+
+def test_a_loader_that_leaves_images_out_is_not_divided():
+    dataset = TensorDataset(torch.zeros(64, 1), torch.arange(64))
+    held = DataLoader(dataset, 8, sampler=SubsetRandomSampler(range(40)))
+    with pytest.raises(AjpqError, match="yields its whole dataset.*SubsetRandomSampler"):
+        divide(held, 0.5, 0)
+    batched = DataLoader(dataset, batch_sampler=BatchSampler(SequentialSampler(dataset), 8, False))
+    with pytest.raises(AjpqError, match="yields its whole dataset"):
+        divide(batched, 0.5, 0)
 
 
 def test_what_cannot_be_divided_is_named():

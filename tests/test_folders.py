@@ -20,7 +20,7 @@ from test_data import all_of
 from ajpq.data import divide
 from ajpq.errors import AjpqError
 from ajpq.image_folder import IMAGENETTE, imagefolder, imagenette
-from ajpq.pictures import Cache, PictureBatches
+from ajpq.pictures import Cache, PictureBatches, Pictures
 
 SMALL = {"size": 16, "resize": 20, "batch_size": 8, "eval_batch_size": 8, "search_images": 20}
 
@@ -295,3 +295,10 @@ def unpacked(archive: Path, folder: Path, train: int) -> Path:
             if member.isfile() and (parts[1] == "test" or number < train):
                 tar.extract(member, folder, filter="data")
     return folder
+
+
+def test_grey_pictures_of_16_bits_keep_their_upper_8(tmp_path):
+    ramp = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    found = Pictures([tmp_path / "ramp.png"], torch.zeros(1), 0).read(0)
+    assert torch.equal(found, torch.from_numpy((ramp >> 8).astype(np.uint8)).expand(3, 32, 32))

@@ -59,6 +59,18 @@ def test_roofline_by_hand():
     assert expected == pytest.approx([0.020736, 0.00138, 0.000185], rel=1e-12)
 
 
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: type(model).__name__)
+def test_what_is_skipped_costs_nothing(model):
+    network = traced(
+        lambda m, x: (lambda y: m.l((y + m.c(m.b(y).relu())).mean((2, 3))))(m.a(x).relu()),
+        a=conv(3, 8), b=conv(8, 8), c=conv(8, 8), l=nn.Linear(8, 4),
+    )  # fmt: skip
+    whole = CompressionPolicy.homogeneous(network, 8, 8)
+    gone = {name: bits * (name not in "bc") for name, bits in whole.weight_bits.items()}
+    found = model(loads_of(network, CompressionPolicy(gone, whole.act_bits))).tolist()
+    assert found[1:3] == [0, 0] and min(model(loads_of(network, whole)).tolist()) > 0
+
+
 def test_roofline_of_the_uncompressed_network():
     network = three()
     loads = loads_of(network, CompressionPolicy.homogeneous(network))

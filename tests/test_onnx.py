@@ -153,6 +153,20 @@ def test_nothing_is_rounded_where_one_quantizer_reads(tmp_path: Path) -> None:
     assert (np.abs(found - graph(images).numpy()).reshape(4, 5, -1) <= one_step(final)[:, None]).all()
 
 
+def test_a_relu_in_place_of_a_part_is_kept() -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.a(x)
+        y[:, :8].relu_()
+        return m.b(y)
+
+    network = traced(forward, a=conv(3, 16), b=conv(16, 4))
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    final = frozen(network, images, sparsity=0, widths=(8,), act_bits=(8,))
+    with torch.no_grad():
+        told, found, exact = final(images), integer_graph(final, images)(images), network.module(images)
+    assert (found - told).abs().max() < 0.1 * exact.std() and (told - exact).abs().max() < 0.2 * exact.std()
+
+
 def test_codes_are_pooled_where_two_quantizers_read_a_layer(tmp_path: Path) -> None:
     """As in SkyNet, whose bypass is pooled for one layer and concatenated for another."""
 

@@ -113,6 +113,26 @@ def test_skipped_branches_stay_away() -> None:
     assert len(gone) == 6 and not gone & kernels(ours).keys() and kernels(ours) != kernels(final)
 
 
+@pytest.mark.parametrize("how", ["module", "indexed", "selected"])
+def test_shuffles_may_become_whole_again(how: str) -> None:
+    """Surgery writes an index where channels are missing and the shuffle itself where none is."""
+    order = nn.Parameter(torch.randperm(16), requires_grad=False)
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.a(x).relu()
+        moved = {"module": lambda: m.mix(y), "indexed": lambda: y[:, m.order],
+                 "selected": lambda: torch.index_select(y, 1, m.order)}  # fmt: skip
+        return m.l(m.b(moved[how]()).relu().mean((2, 3)))
+
+    parts = {"mix": nn.ChannelShuffle(2)} if how == "module" else {"order": order}
+    network = traced(forward, a=conv(3, 16), b=conv(16, 8), l=nn.Linear(8, 4), **parts)
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    policy = random_policy(network, 0, 0.3, (4, 8), (8,))
+    assert not policy.alive(network)[network["a"].writes].all()
+    final = finished(network, policy, images)
+    check_same(pad(final, network, policy, 16), final, images)
+
+
 def test_what_is_little_or_whole_stays() -> None:
     assert [padded(n, 64, 16) for n in (0, 3, 7, 8, 16, 17, 63, 64)] == [0, 16, 16, 16, 16, 32, 64, 64]
     assert [padded(n, 24, 16) for n in (15, 17, 24)] == [16, 24, 24] and padded(3, 3, 16) == 3

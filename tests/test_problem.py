@@ -1,16 +1,20 @@
 """The problem: scores are remembered and recorded in order; users bring their own costs and evaluators."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
-from nets import batches_of, images_of, model_of, network_of, problem_of
+from nets import batches_of, conv, images_of, model_of, network_of, problem_of, traced
+from torch import nn
 
 from ajpq.compression import compress
 from ajpq.cost import MACs
 from ajpq.errors import AjpqError
 from ajpq.matching import match
 from ajpq.policy import CompressionPolicy
-from ajpq.problem import Problem
+from ajpq.problem import Problem, divergence_reward
+from ajpq.scoring.local import Local
 from ajpq.space import Choices
 from ajpq.training import accuracy, recalibrate
 
@@ -183,3 +187,30 @@ def test_bad_input():
         Problem(model_of("digits_cnn"), good, good, {"size": 0.001})
     with pytest.raises(AjpqError, match="input of shape"):
         Problem(model_of("digits_cnn"), [(torch.zeros(4, 3, 8, 8), torch.zeros(4))], good, {"size": 0.5})
+
+
+def test_a_reward_that_is_no_number_is_never_the_best():
+    rewards = iter([float("nan"), 2.0, float("nan"), 3.0])
+    problem = problem_of(budget={"size": 0.5}, reward=lambda *_: next(rewards))
+    for width in (2, 3, 4, 6):
+        problem.score(problem.space.homogeneous(width))
+    assert problem.best.score.reward == 3.0
+
+
+def test_giving_up_early_needs_the_accuracy_as_reward():
+    network = network_of("digits_cnn")
+    data = batches_of(network), batches_of(network, seed=1)
+    evaluator = functools.partial(Local, risk=0.1)
+    assert Problem(network, *data, {"size": 0.5}, evaluator=evaluator).evaluator.risk == 0.1
+    with pytest.raises(AjpqError, match="evaluator.risk is 0.1"):
+        Problem(network, *data, {"size": 0.5}, evaluator=evaluator, reward=divergence_reward)
+
+
+def test_a_norm_that_float16_does_not_hold_is_told_at_once():
+    norm = nn.BatchNorm2d(3)
+    network = traced(lambda m, x: m.l(m.a(m.n(x)).relu().mean((2, 3))), n=norm, a=conv(3, 4), l=nn.Linear(4, 2))
+    found = network.module.get_submodule("n")
+    found.running_mean[1], found.running_var[1], found.weight[1] = 255.0, 0.0, 1.0
+    data = [(network.example, torch.zeros(2, dtype=torch.int64))]
+    with pytest.raises(AjpqError, match="n: a batch-norm that no layer absorbs is stored as float16"):
+        Problem(network, data, data, {"size": 0.9})

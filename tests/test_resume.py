@@ -112,6 +112,24 @@ def copy(whole: Path, folder: Path, rows: int, torn: str = "") -> Path:
     return folder
 
 
+def test_a_network_trained_here_is_fine_tuned_alike_after_a_kill(tmp_path):
+    """Training takes the loader some epochs on; a run that finds it trained must begin fine-tuning there too."""
+    short = ["train.epochs=2", "finetune.epochs=1", "search=uniform", "control=none", "search.evaluations=6",
+             "threads=1", "tensorboard=false", "onnx=false", "norm_images=64", "search_images=64"]  # fmt: skip
+    made = [tmp_path / name for name in ("whole", "killed")]
+
+    def settings(*overrides: str) -> DictConfig:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            return hydra.compose("config", [*short, *overrides])
+
+    pipeline.run(settings(), made[0])
+    made[1].mkdir()
+    for name in ("original.safetensors", pipeline.SEARCH, RECORD):
+        shutil.copy(made[0] / name, made[1] / name)
+    pipeline.run(settings(f"resume={made[1]}"), made[1])
+    assert len({(folder / "model.safetensors").read_bytes() for folder in made}) == 1
+
+
 def test_torn_last_line_is_measured_again(weights, whole, tmp_path):
     copy(whole, tmp_path, 9, (whole / RECORD).read_text().splitlines()[9][:-7])
     assert len(read(tmp_path / RECORD)) == 9

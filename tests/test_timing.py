@@ -184,6 +184,7 @@ def test_model_alone_is_measured_at_a_given_size(tmp_path: Path) -> None:
         (["what=model", "batch=0"], "batch"),
         (["table=t.json", "seconds=0"], "seconds"),
         (["table=t.json", "runtime=cuda"], "runtime of ONNX files"),
+        (["table=."], "must be a file, but . is a folder"),
         (["table=t.json", "image=[1,8,8]", "fractions=[0.5,2]"], "fractions"),
     ],
 )

@@ -23,7 +23,8 @@ from nets import (
 from torch import nn
 from torch.nn import functional as F
 
-from ajpq.compression import compress
+from ajpq.calibration import calibrate
+from ajpq.compression import compress, freeze
 from ajpq.errors import AjpqError
 from ajpq.network import Network
 from ajpq.tracing import trace
@@ -240,6 +241,17 @@ def test_a_module_called_twice_is_one_layer():
     assert b.writes.tolist() == b.reads.tolist() == network["a"].writes.tolist()
     assert b.positions == 64 + 16 and b.macs == 80 * 6 * 54
     shrinks_faithfully(network)
+
+
+def test_modules_called_by_keyword_are_like_others():
+    network = traced(
+        lambda m, x: m.l(input=gap(m.b(input=torch.relu(m.n(input=m.a(input=x)))))),
+        a=conv(3, 6, bias=False), n=nn.BatchNorm2d(6), b=conv(6, 6), l=head(),
+    )  # fmt: skip
+    assert network.norms[0].folds_into == "a"
+    shrinks_faithfully(network)
+    student = compress(network, random_policy(network, 0), calibrate(network, [(network.example, None)]))
+    assert freeze(student)(network.example).shape == (2, 5)
 
 
 def test_a_norm_that_cannot_be_folded_is_charged_to_a_layer():

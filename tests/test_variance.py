@@ -55,7 +55,11 @@ def test_differences_are_between_policies_and_between_repeats_of_one() -> None:
     drawn = found["2 bits", "random", HOMOGENEOUS]
     assert drawn.method == "Welch" and drawn.mean == pytest.approx(-0.05) and drawn.word == "no better"
     searched = found["4 bits", "filter_nas", HOMOGENEOUS]
-    assert searched.method == "one-sample" and searched.mean == pytest.approx(0.06)
+    assert searched.method == "Welch" and searched.mean == pytest.approx(0.06) and searched.word is None  # one training
+    scored = Variance([trial for trial in study().trials if trial.point == "4 bits"], "bops", "search").differences()
+    assert scored["4 bits", "filter_nas", HOMOGENEOUS].method == "one-sample"  # what is only scored is known exactly
+    repeated = [Trial("p", kind, None, kind, 0.1, [0.8, 0.9]) for kind in (HOMOGENEOUS, "lp")]
+    assert Variance(repeated, "bops", "test").differences()["p", "lp", HOMOGENEOUS].method == "Welch"
 
 
 def test_the_table_and_the_summary_say_the_same(tmp_path: Path) -> None:
@@ -144,6 +148,7 @@ def test_without_fine_tuning_policies_are_scored_on_the_search_split(tmp_path: P
         ("grid=[[2,4]]", "one of inputs out of"),
         ("tolerance=0", "0 < tolerance < 1 must hold"),
         ("repeats=[]", "repeats must be a list of at least one"),
+        ("repeats=[0,0]", "repeats must be different whole numbers"),
         ("cost=joule", "cost must be one of .*bops"),
         ("searches=[{name: random, search: filter_nas}]", "must not be named 'random'"),
     ),
