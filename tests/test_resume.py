@@ -122,8 +122,9 @@ def test_a_network_trained_here_is_fine_tuned_alike_after_a_kill(tmp_path):
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             return hydra.compose("config", [*short, *overrides])
 
+    for folder in made:
+        folder.mkdir()
     pipeline.run(settings(), made[0])
-    made[1].mkdir()
     for name in ("original.safetensors", pipeline.SEARCH, RECORD):
         shutil.copy(made[0] / name, made[1] / name)
     pipeline.run(settings(f"resume={made[1]}"), made[1])
