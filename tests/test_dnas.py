@@ -476,7 +476,7 @@ def test_it_beats_uniform_on_digits_at_equal_size_and_ends_within_budget(on_digi
     search = DNAS(12, 0, granularity, epochs=6, every=3)
     result = search.search(problem.again())
     assert result.evaluations == 12 and all(evaluation.score.within for evaluation in result.history)
-    assert search.run.expected()["size"] < 1.03  # before anything is made to fit
+    assert search.run.expected()["size"] < 1.05  # before anything is made to fit
     assert result.score.reward > uniform.score.reward + 0.05
     assert result.score.accuracy > uniform.score.accuracy
 

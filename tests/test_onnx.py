@@ -294,7 +294,7 @@ def test_what_is_seen_is_what_the_runtime_gives(trained, tmp_path: Path) -> None
             (np.abs(given - known)[:150] / one_step(ours)).max(), rel=1e-3
         )
         if final is ours:
-            assert found["agreement"] >= 0.99
+            assert found["agreement"] >= 0.98  # a tie may tip where a processor adds up in another order
         else:
             assert found["agreement"] < 0.9 and found["largest_difference"] > 0.1  # another network's file
 
