@@ -83,7 +83,7 @@ def freeze(student: fx.GraphModule) -> fx.GraphModule:
             gain, shift = _affine(module)
             source = node.args[0]
             layer = old.get_submodule(source.target) if source.op == "call_module" else None
-            if isinstance(layer, _LAYERS) and node.meta.get("folds_into") == source.target:
+            if isinstance(layer, _LAYERS) and getattr(module, "folds_into", None) == source.target:
                 old.set_submodule(source.target, _frozen(layer, gain, shift))
                 _bypass(old.graph, node, source)
             else:

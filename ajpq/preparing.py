@@ -25,10 +25,11 @@ from ajpq.errors import AjpqError, check_counts
 from ajpq.memory import keep_freed_memory
 from ajpq.network import Network
 from ajpq.policy import CompressionPolicy
-from ajpq.problem import CALIBRATION_IMAGES, Problem, check_risk, reachable
+from ajpq.problem import CALIBRATION_IMAGES, Problem, reachable
 from ajpq.reconstruction import reconstruct
+from ajpq.rewards import check_risk
 from ajpq.space import SearchSpace
-from ajpq.tasks import Task
+from ajpq.tasks import Task, check_task
 from ajpq.tracing import trace
 from ajpq.training import check_settings, count_of, fit
 
@@ -90,9 +91,10 @@ def prepare(cfg: DictConfig, folder: Path, screen: Screen) -> Prepared:
     start = recipes.get("train", {}).pop("start", None)
     if weights := cfg.checkpoint or (None if (folder / TRAINED).is_file() else start):
         load_weights(parts["model"], weights)
-    model, images = parts["model"].eval(), next(iter(data.calibration))[0]
+    model, (images, targets) = parts["model"].eval(), next(iter(data.calibration))
     with screen.stage("trace"):
         network = trace(model, images)
+    check_task(parts["task"], model, images[:2], targets[:2])
     space = SearchSpace(network, parts["choices"])
     budget = reachable(space, limits, parts["costs"])
     if cfg.checkpoint is None:

@@ -27,6 +27,7 @@ from ajpq.importance import Importance, magnitude
 from ajpq.network import Network
 from ajpq.policy import CompressionPolicy
 from ajpq.record import policy_of
+from ajpq.rewards import Reward, accuracy_reward, check_risk
 from ajpq.scoring.local import Local
 from ajpq.scoring.setting import EvaluatorFactory, Measured, Setting
 from ajpq.space import Choices, SearchSpace
@@ -89,34 +90,6 @@ class SearchBackend(Protocol):
     def search(self, problem: Problem) -> SearchResult: ...
 
 
-Reward = Callable[[Measured, Mapping[str, float]], float]  # (what was measured, cost ratios) -> what is maximised
-
-
-def accuracy_reward(measured: Measured, ratios: Mapping[str, float]) -> float:
-    """The accuracy: budgets are hard, so nothing needs to be traded for them."""
-    return measured.accuracy
-
-
-def loss_reward(measured: Measured, ratios: Mapping[str, float]) -> float:
-    """Minus the loss of the task, for classification the cross-entropy in nats."""
-    return -_known(measured.loss, "loss")
-
-
-def divergence_reward(measured: Measured, ratios: Mapping[str, float]) -> float:
-    """Minus the divergence from the uncompressed network, in nats: needs no labels, and tells bad policies from worse
-    where both guess."""
-    return -_known(measured.divergence, "divergence")
-
-
-def _known(value: float | None, name: str) -> float:
-    if value is None:
-        raise AjpqError(
-            f"this reward needs the {name}, but the evaluator measures accuracy only; use reward=accuracy or "
-            "another evaluator"
-        )
-    return value
-
-
 def default_costs() -> dict[str, CostModel]:
     return {"size": Size(), "macs": MACs(), "bops": BOPs()}
 
@@ -124,15 +97,6 @@ def default_costs() -> dict[str, CostModel]:
 def reachable(space: SearchSpace, budget: Mapping[str, float], costs: Mapping[str, CostModel] | None = None) -> Budget:
     """The budget over the default costs and `costs`. Raises AjpqError if no policy of this space can meet it."""
     return Budget(space.network, {**default_costs(), **(costs or {})}, budget, space.cheapest())
-
-
-def check_risk(risk: float, reward: Reward) -> None:
-    """Raises AjpqError where an evaluator is to give candidates up but never could."""
-    if risk and reward is not accuracy_reward:
-        raise AjpqError(
-            f"a candidate can be given up early only where the accuracy is the reward, but evaluator.risk is {risk} "
-            "and the reward is another; use reward=accuracy or evaluator.risk=0"
-        )
 
 
 class Problem:

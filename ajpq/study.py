@@ -20,16 +20,9 @@ import numpy as np
 
 from ajpq.errors import AjpqError
 from ajpq.intervals import Difference, Estimate, Sample, difference, estimate
-from ajpq.problem import (
-    Evaluation,
-    Problem,
-    Reward,
-    SearchBackend,
-    accuracy_reward,
-    divergence_reward,
-    loss_reward,
-)
+from ajpq.problem import Evaluation, Problem, SearchBackend
 from ajpq.record import row
+from ajpq.rewards import Reward, accuracy_reward, divergence_reward, loss_reward
 
 _MEANING = {
     accuracy_reward: "accuracy",

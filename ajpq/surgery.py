@@ -32,6 +32,7 @@ def shrink(network: Network, alive: np.ndarray, skipped: Skipped | None = None) 
             parts[name] = _smaller_layer(module, network[name], alive)
         elif (norm := next((n for n in network.norms if n.name == name), None)) is not None:
             parts[name] = _smaller_norm(module, np.flatnonzero(alive[norm.channels]))
+            parts[name].folds_into = norm.folds_into  # for `freeze`; survives pickling, as a node's meta does not
         else:
             parts[name] = copy.deepcopy(module)
     graph = _Emitter(network, alive, skipped, parts).graph()
@@ -106,7 +107,6 @@ class _Emitter:
 
     def graph(self) -> fx.Graph:
         optional = set()
-        folds = {norm.name: norm.folds_into for norm in self.network.norms if norm.folds_into is not None}
         for node in self.network.module.graph.nodes:
             if node.name in self.skipped.nodes:
                 continue
@@ -121,8 +121,6 @@ class _Emitter:
             else:
                 emitted = getattr(self, f"_{move.kind}")(node, move)
             self.env[node.name] = emitted
-            if node.op == "call_module" and node.target in folds:
-                emitted.meta["folds_into"] = folds[node.target]
             module = self.network.module.get_submodule(node.target) if node.op == "call_module" else None
             if node.op not in ("placeholder", "output") and ops.name_of(node, module) in ops.MOVE:
                 optional.add(emitted)

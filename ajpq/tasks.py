@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ajpq.errors import AjpqError
 
 
 class Task(Protocol):
@@ -71,6 +74,24 @@ class Classification:
 def means(values: Mapping[str, Tensor]) -> dict[str, float]:
     """Of every metric over its images."""
     return {name: column.mean().item() for name, column in values.items()}
+
+
+def check_task(task: Task, model: nn.Module, images: Tensor, targets: Tensor) -> None:
+    """Raises AjpqError where a network's outputs for a batch, or its targets, are not what the task is about."""
+    with torch.no_grad():
+        outputs = model(images)
+        try:
+            fits = len(task.losses(outputs, targets)) == len(task.quality(outputs, targets)) == len(images)
+        except (ValueError, IndexError, RuntimeError, TypeError) as error:
+            fits, why = False, f" ({str(error).splitlines()[0]})"
+        else:
+            why = ""
+    if not fits:
+        found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise AjpqError(
+            f"task, model and data must fit, but {type(task).__name__} cannot judge outputs of {found} by targets of "
+            f"{tuple(targets.shape)}{why}; set task= to what the network and the data are for"
+        )
 
 
 CLASSIFICATION = Classification()

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -117,6 +118,15 @@ def test_a_norm_that_others_read_or_that_comes_first_is_not_folded():
     finished = freeze(student)
     assert {n for n, m in finished.named_modules() if isinstance(m, ChannelAffine)} == {"first", "n"}
     assert relative(finished, student, network.example) < 2e-3
+
+
+def test_a_saved_student_folds_its_norms_too(tmp_path: Path):
+    network = network_of("resnet20")
+    student = compress(network, random_policy(network, 0, 0.3), calibration_of("resnet20"))
+    torch.save(student, tmp_path / "student.pt")
+    finished, loaded = freeze(student), freeze(torch.load(tmp_path / "student.pt", weights_only=False))
+    assert not any(isinstance(m, ChannelAffine) for m in loaded.modules())
+    assert torch.equal(loaded(network.example), finished(network.example))
 
 
 def test_a_norm_without_affine_and_dropout_of_every_kind():

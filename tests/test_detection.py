@@ -15,7 +15,7 @@ from ajpq.data import divide
 from ajpq.detection import Detection
 from ajpq.errors import AjpqError
 from ajpq.pictures import Pictures
-from ajpq.tasks import Classification
+from ajpq.tasks import Classification, check_task
 
 H, W = 4, 8
 TASK = Detection(anchors=((1.0, 2.0), (3.0, 3.0)))
@@ -107,6 +107,21 @@ def test_average_precision():
 def test_wrong_number_of_anchors_is_named():
     with pytest.raises(AjpqError, match="2 anchors needs 10 output channels, but the network has 15"):
         TASK.decode(torch.zeros(1, 15, H, W))
+
+
+@pytest.mark.parametrize(
+    "task, width, targets",
+    (
+        (Detection(), 10, torch.tensor([0, 1])),
+        (Classification(), 3, torch.tensor([0, 3])),
+        (Classification(), 3, torch.zeros(2, 1, 4)),
+    ),
+)
+def test_a_task_that_does_not_fit_is_told(task, width, targets):
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, width))
+    with pytest.raises(AjpqError, match=rf"{type(task).__name__} cannot judge outputs of \(2, {width}\).*set task="):
+        check_task(task, model, torch.zeros(2, 3, 2, 2), targets)
+    check_task(Classification(), model, torch.zeros(2, 3, 2, 2), torch.tensor([0, 2]))
 
 
 def test_classification_reports_top5_of_many_classes():

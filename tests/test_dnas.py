@@ -25,7 +25,8 @@ from ajpq.data import digits
 from ajpq.errors import AjpqError
 from ajpq.mixing import MixedInput, MixedLayer, dorefa, rounded
 from ajpq.models import digits_cnn
-from ajpq.problem import Problem, divergence_reward
+from ajpq.problem import Problem
+from ajpq.rewards import divergence_reward
 from ajpq.scoring.setting import each
 from ajpq.space import Choices, SearchSpace
 from ajpq.supernet import SuperNet

@@ -16,7 +16,8 @@ from ajpq import testing
 from ajpq.errors import AjpqError
 from ajpq.importance import magnitude
 from ajpq.policy import CompressionPolicy
-from ajpq.problem import Problem, accuracy_reward
+from ajpq.problem import Problem
+from ajpq.rewards import accuracy_reward
 from ajpq.scoring.setting import each
 from ajpq.space import Choices
 from envs.compression import CompressionEnv, rollout

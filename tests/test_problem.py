@@ -13,7 +13,8 @@ from ajpq.cost import MACs
 from ajpq.errors import AjpqError
 from ajpq.matching import match
 from ajpq.policy import CompressionPolicy
-from ajpq.problem import Problem, divergence_reward
+from ajpq.problem import Problem
+from ajpq.rewards import divergence_reward
 from ajpq.scoring.local import Local
 from ajpq.space import Choices
 from ajpq.training import accuracy, recalibrate

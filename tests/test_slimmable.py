@@ -17,7 +17,8 @@ from ajpq.data import digits
 from ajpq.errors import AjpqError
 from ajpq.models import digits_cnn
 from ajpq.policy import CompressionPolicy
-from ajpq.problem import Problem, SearchResult, divergence_reward
+from ajpq.problem import Problem, SearchResult
+from ajpq.rewards import divergence_reward
 from ajpq.space import Choices
 from ajpq.testing import check_backend
 from ajpq.training import fit

@@ -55,7 +55,7 @@ def skeleton(network: Network, graph: fx.Graph, tensors: Mapping[str, Tensor]) -
     modules = {str(n.target): network.module.get_submodule(n.target) for n in graph.nodes if n.op == "call_module"}
     place = {node: i for i, node in enumerate(graph.nodes)}
     _check_writes(graph, modules, place)
-    norms = {norm.name for norm in network.norms}
+    norms = {norm.name: norm.folds_into for norm in network.norms}
     absorbed: set[fx.Node] = set()
     ends: dict[fx.Node, Group] = {}
     inputs, output = [], None
@@ -71,7 +71,7 @@ def skeleton(network: Network, graph: fx.Graph, tensors: Mapping[str, Tensor]) -
     return Skeleton(tuple(ends[node] for node in graph.nodes if node in ends), tensors, inputs[0], output, modules)
 
 
-def _grow(node: fx.Node, network: Network, modules: Mapping, norms: set[str], absorbed: set[fx.Node]) -> Group:
+def _grow(node: fx.Node, network: Network, modules: Mapping, norms: Mapping[str, str | None], absorbed: set) -> Group:
     group = Group(node, nodes=[node])
     module = modules.get(str(node.target)) if node.op == "call_module" else None
     if node.op == "call_module" and node.target in network:
@@ -86,7 +86,7 @@ def _grow(node: fx.Node, network: Network, modules: Mapping, norms: set[str], ab
         name = ops.name_of(follower, module) if follower.op not in ("output", "get_attr") else ""
         if follower in absorbed:
             break
-        if group.layer and len(group.nodes) == 1 and follower.meta.get("folds_into") == group.layer:
+        if group.layer and len(group.nodes) == 1 and norms.get(str(follower.target)) == group.layer:
             group.norm = str(follower.target)
         elif group.layer and not group.tail and group.other is None and _adds(follower, name, last):
             group.other = next(n for n in follower.all_input_nodes if n is not last)
