@@ -1,4 +1,4 @@
-"""Zeros that a network puts around its activations, given to the convolutions that read them.
+"""Zeros that a network puts around its activations, given to the convolutions that read them and kept from what runtimes do to others.
 
 A convolution of PyTorch pads both sides alike, so TensorFlow's SAME is a padding of its own before it: one more tensor
 to move, and in front of a quantizer one that runtimes keep in float. A convolution of ONNX has a number for every side.
@@ -7,7 +7,7 @@ to move, and in front of a quantizer one that runtimes keep in float. A convolut
 from __future__ import annotations
 
 import numpy as np
-from onnx import ModelProto, NodeProto, helper
+from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from ajpq.onnx_nodes import Nodes
 
@@ -30,9 +30,20 @@ def fold_pads(model: ModelProto) -> None:
                     node.input[i] = pad.input[0]
         model.graph.node.remove(pad)
         del model.graph.value_info[:]  # shapes of inner tensors, some of which are no longer true
+    _keep_from_pools(graph)
     read = {name for node in model.graph.node for name in node.input}
     for tensor in [tensor for tensor in model.graph.initializer if tensor.name not in read]:
         model.graph.initializer.remove(tensor)
+
+
+def _keep_from_pools(graph: Nodes) -> None:
+    """ONNX Runtime (1.31) makes pads of a MaxPool of zeros in front of it, though those of a MaxPool are less than any
+    number: where all that a window sees is negative it gives that, not zero. It leaves a smallest number alone."""
+    for pad in [node for node in graph.proto.node if node.op_type == "Pad" and _sides(graph, node)]:
+        if any(node.op_type == "MaxPool" for node in graph.readers(pad.output[0])):
+            name = pad.output[0] + "_nearly_zero"
+            graph.proto.initializer.append(numpy_helper.from_array(np.float32(1e-30), name))
+            pad.input[2:] = [name]
 
 
 def _sides(graph: Nodes, pad: NodeProto) -> list[int] | None:

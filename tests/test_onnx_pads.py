@@ -44,6 +44,27 @@ def kinds(model: bytes) -> list[str]:
     return [node.op_type for node in onnx.load_from_string(model).graph.node]
 
 
+def test_zeros_before_max_pooling_stay_zeros() -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 1)
+            nn.init.constant_(self.conv.bias, -9.0)  # all that is pooled is negative
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.max_pool2d(F.pad(self.conv(x), (1, 1, 1, 1)), 3, 2)
+
+    x = torch.randn(2, 3, 8, 8)
+    net = Pooled().eval()
+    network = trace(net, x)
+    policy = CompressionPolicy.homogeneous(network, 8, 8)
+    finished = freeze(compress(network, policy, calibrate(network, [(x, None)])))
+    for model in (float_onnx(net, x), to_onnx(finished, x)):
+        found = run(model, x)
+        assert (found[:, :, 0].abs() < 1e-20).all() and (found[:, :, 1:, 1:] < 0).all()
+        assert torch.allclose(found, net(x), atol=0.2)
+
+
 @pytest.mark.parametrize(
     ("net", "folded"),
     [
