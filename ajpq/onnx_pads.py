@@ -1,4 +1,4 @@
-"""Zeros that a network puts around its activations, given to the convolutions that read them and kept from what runtimes do to others.
+"""Zeros that a network puts around its activations: given to the convolutions behind them, kept from max-poolings.
 
 A convolution of PyTorch pads both sides alike, so TensorFlow's SAME is a padding of its own before it: one more tensor
 to move, and in front of a quantizer one that runtimes keep in float. A convolution of ONNX has a number for every side.
