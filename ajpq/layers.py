@@ -59,6 +59,8 @@ class ActQuant(nn.Module):
     The step size is a parameter (learned by fine-tuning, LSQ) or, in a finished network, a buffer.
     """
 
+    parameter_kinds = {"scale": "steps"}  # for `ajpq.optimizer`
+
     def __init__(self, bits: int, signed: bool, scale: Tensor, learned: bool) -> None:
         super().__init__()
         self.bits, self.signed = bits, signed
@@ -77,6 +79,8 @@ class ActQuant(nn.Module):
 
 class QuantLayer(nn.Module):
     """A layer that learns while quantized: float weights, a learned scale per kernel, a learned activation step."""
+
+    parameter_kinds = {"scale": "steps"}
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None, bits: Tensor, scale: Tensor, geometry: Geometry, act: ActQuant

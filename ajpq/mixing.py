@@ -121,6 +121,8 @@ class MixedInput(nn.Module):
     """Candidate widths of a layer's input, mixed by q (J,). pact: all clip at one learned value; otherwise every width
     has its step of the calibration, which stays."""
 
+    parameter_kinds = {"clip": "decayed"}
+
     def __init__(self, widths: tuple[int, ...], signed: bool, steps: Sequence[float], pact: bool) -> None:
         super().__init__()
         self.widths, self.signed = widths, signed

@@ -19,19 +19,22 @@ def optimizer_of(
     `momentum` is the first of two decay rates.
 
     Both over three groups, whose `factor` their learning rates are multiplied by. Parameters of two or more dimensions
-    decay, and those whose name ends in "clip"; those whose name ends in "scale" have the factor `scale_lr`. Raises
+    decay, the others do not, unless their module says otherwise: `parameter_kinds`, a mapping from names of its
+    parameters to "decayed", "plain" or "steps", step sizes that do not decay and have the factor `scale_lr`. Raises
     AjpqError if nothing can be trained.
     """
     groups: dict[str, dict] = {
         "decayed": {"params": [], "weight_decay": weight_decay, "factor": 1.0},
         "plain": {"params": [], "weight_decay": 0.0, "factor": 1.0},
-        "scales": {"params": [], "weight_decay": 0.0, "factor": scale_lr},
+        "steps": {"params": [], "weight_decay": 0.0, "factor": scale_lr},
     }
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            decayed = p.ndim > 1 or name.endswith("clip")
-            group = "scales" if name.endswith("scale") else "decayed" if decayed else "plain"
-            groups[group]["params"].append(p)
+    seen: set[int] = set()
+    for module in model.modules():
+        kinds = getattr(module, "parameter_kinds", {})
+        for name, p in module.named_parameters(recurse=False):
+            if p.requires_grad and id(p) not in seen:
+                groups[kinds.get(name, "decayed" if p.ndim > 1 else "plain")]["params"].append(p)
+                seen.add(id(p))
     filled = [group for group in groups.values() if group["params"]]
     if not filled:
         raise AjpqError(

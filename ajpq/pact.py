@@ -18,6 +18,8 @@ class PactQuant(nn.Module):
     does not treat, have their lowest value in proportion.
     """
 
+    parameter_kinds = {"clip": "decayed"}
+
     def __init__(self, act: ActQuant) -> None:
         super().__init__()
         self.bits, self.signed = act.bits, act.signed

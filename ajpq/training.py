@@ -101,8 +101,8 @@ def fit(
     optimizer: "sgd", with Nesterov momentum, or "adam", whose steps are as large as the learning rate however small the
         gradient, so that step sizes want a `scale_lr` well below 1; see `ajpq.optimizer`.
     The learning rate rises linearly over the first `warmup` (fraction of all steps) to `lr` and falls to 0 along a
-    cosine. Weight decay holds for parameters of two or more dimensions, and those whose name ends in "clip"; those
-    whose name ends in "scale" learn at `lr * scale_lr`, without decay.
+    cosine. Weight decay holds for parameters of two or more dimensions and clipping values; step sizes learn at
+    `lr * scale_lr`, without decay, see `ajpq.optimizer`.
     teacher: a frozen network to learn from (Hinton et al. 2015, arXiv 1503.02531), with loss = (1 - distill) * the
         task's loss + distill * its divergence from the teacher's outputs, softened by `temperature`.
     features: of the model and the teacher, whose distance is added to the loss.

@@ -26,14 +26,19 @@ def linear(seed=0, features=3, classes=4):
 
 
 class Scaled(nn.Module):
+    """`out_scale` is a step size by its module, not by its name; `in_scale` is not."""
+
+    parameter_kinds = {"out_scale": "steps"}
+
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(4, 3))
         self.bias = nn.Parameter(torch.ones(4))
         self.out_scale = nn.Parameter(torch.ones(4, 1))
+        self.in_scale = nn.Parameter(torch.ones(1, 3))
 
     def forward(self, x):
-        return x @ (self.weight * self.out_scale).T + self.bias
+        return x @ (self.weight * self.out_scale * self.in_scale).T + self.bias
 
 
 class Dropped(nn.Module):
@@ -126,6 +131,7 @@ def test_only_matrices_decay_and_scales_learn_at_their_own_rate():
     fit(model, [(x, y)], epochs=1, lr=0.1, momentum=0.0, weight_decay=0.5, warmup=0)
     assert torch.allclose(model.weight, torch.full((4, 3), 0.95))
     assert torch.allclose(model.bias, torch.ones(4)) and torch.equal(model.out_scale, torch.ones(4, 1))
+    assert torch.allclose(model.in_scale, torch.full((1, 3), 0.95))
     steps = {}
     for scale_lr in (1.0, 0.25, 0.0):
         model = Scaled()
