@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import gymnasium
@@ -17,16 +18,18 @@ from envs.views import View
 
 
 def algorithm_of(name: str | type[OffPolicyAlgorithm]) -> type[OffPolicyAlgorithm]:
-    """A class of stable_baselines3 or sb3_contrib. Raises AjpqError for one that cannot learn from stored episodes."""
+    """A class of stable_baselines3 or sb3_contrib. Raises AjpqError for one that cannot learn from stored episodes or
+    wants other settings."""
+    import sb3_contrib
+
     kind = name
     if isinstance(name, str):
-        import sb3_contrib
-
         kind = getattr(stable_baselines3, name, None) or getattr(sb3_contrib, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, OffPolicyAlgorithm) and kind is not stable_baselines3.DQN):
+    known = stable_baselines3.TD3, stable_baselines3.SAC, sb3_contrib.TQC  # DDPG is a TD3
+    if not (isinstance(kind, type) and issubclass(kind, known)):
         raise AjpqError(
-            "algorithm must be an off-policy class of stable_baselines3 or sb3_contrib for continuous actions (DDPG, "
-            f"TD3, SAC, TQC), but it is {name!r}; choose one of these, or search=single for others"
+            f"algorithm must be DDPG, TD3, SAC, TQC or a subclass of one of these, but it is {name!r}; choose one, or "
+            "search=single for others"
         )
     return kind
 
@@ -76,11 +79,18 @@ class Controller:
 
     def state_dict(self) -> dict[str, Any]:
         """Networks, optimizers and what is known of each; what was remembered is the search's to keep."""
-        return {"parameters": self.model.get_parameters(), "updates": self.model._n_updates}
+        loose = {name: value.detach().clone() for name, value in self._loose().items()}
+        return {"parameters": self.model.get_parameters(), "loose": loose, "updates": self.model._n_updates}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.model.set_parameters(state["parameters"], exact_match=True, device="cpu")
+        for name, value in self._loose().items():
+            value.data.copy_(state["loose"][name])
         self.model._n_updates = state["updates"]
+
+    def _loose(self) -> dict[str, torch.Tensor]:
+        """What `get_parameters` leaves out: tensors that are in no network, such as the weight of SAC's entropy."""
+        return {name: attrgetter(name)(self.model) for name in self.model._get_torch_save_params()[1]}
 
 
 class _Shell(gymnasium.Env):

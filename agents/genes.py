@@ -118,8 +118,8 @@ class Genome:
         key = alive[layer.writes].tobytes()
         if at not in self._partitions or self._partitions[at][0] != key:
             blocks = self.space.blocks(layer, alive)
-            owner = np.repeat(np.arange(len(blocks)), [len(block) for block in blocks])
-            self._partitions[at] = key, blocks, np.concatenate(blocks), owner
+            owner = np.repeat(np.arange(len(blocks)), np.array([len(block) for block in blocks], int))
+            self._partitions[at] = key, blocks, np.concatenate([np.zeros(0, np.int64), *blocks]), owner
         return self._partitions[at]
 
     def weight_bits(self, at: int, values: np.ndarray, alive: np.ndarray) -> np.ndarray:

@@ -53,8 +53,7 @@ class Hierarchical:
     leaves the budget, and what one decision gains another one pays.
 
     evaluations: policies to score. seed: of networks, noise and replay.
-    algorithm: any off-policy class of Stable-Baselines3 or sb3-contrib (DDPG as in AMC and HAQ; TD3, SAC, TQC), or its
-        name.
+    algorithm: DDPG (as in AMC and HAQ), TD3, SAC, TQC or a subclass of one of these, or its name.
     start: a search that comes first, e.g. `agents.linear_program.LinearProgram()`, with `share` (a fraction) of the
         evaluations; what it scored within budget are the first episodes. None = the first episodes are random.
     warmup: episodes before the first gradient step. Without a start they are random: one level per controller and
@@ -136,11 +135,19 @@ class Hierarchical:
         elif self.start is not None:
             first = copy.copy(self.start)
             first.evaluations = max(int(self.evaluations * self.share + 1e-9), 1)
-            first.search(problem)
+            keeper, problem.checkpoint = problem.checkpoint, None  # what is kept is the state of this search
+            try:
+                first.search(problem)
+            finally:
+                problem.checkpoint = keeper
             self.sensitivity = getattr(first, "found", None)
             for evaluation in problem.history[: self.evaluations]:
-                if evaluation.score.within and evaluation.score.whole:
-                    self._remember(problem, self.genome.values_of(evaluation.policy), evaluation.score.reward)
+                values = self.genome.values_of(evaluation.policy)
+                ours = self.genome.policy(values).digest() == evaluation.policy.digest()  # others skip branches
+                if ours and evaluation.score.within and evaluation.score.whole:
+                    self._remember(problem, values, evaluation.score.reward)
+            if len(self.episodes) >= self.warmup:
+                self._learn(10 * self.gradient_steps)
         self.known = {self.genome.policy(episode.values).digest() for episode in self.episodes}
         if not len(self.genome):
             problem.score(self.genome.policy(np.zeros(0, np.int64)))  # the only one

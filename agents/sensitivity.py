@@ -127,16 +127,22 @@ def measured_sensitivity(
     are thus multiplied by drop / error of a (layer, width), of the channels between two sparsities, or of an input. At
     most `evaluations` policies are scored, the reference first, then those nearest to the best homogeneous policy; what
     was not measured takes the factor of its nearest neighbour. A drop below 0 counts as 0, one that shrinks as the
-    layer gets narrower as the larger before it. Measured on few images drops are noisy, and many are 0: `prior` of the
+    layer gets narrower as the larger before it. A reward that is not finite counts as the worst that is; a reference
+    that is not leaves `errors` as they are. Measured on few images drops are noisy, and many are 0: `prior` of the
     median factor is added to all factors.
     """
     genome, errors = Genome(problem.space), errors or weight_sensitivity(problem)
     best = genome.levels - 1
     probes = _probes(genome, homogeneous_start(problem, genome, errors), best)[: max(evaluations - 1, 0)]
-    reference, *scores = problem.score_all([genome.policy(values) for values in (best, *(p.values for p in probes))])
+    scores = problem.score_all([genome.policy(values) for values in (best, *(p.values for p in probes))])
+    reference, *rewards = [score.reward for score in scores]
+    if not np.isfinite(reference):
+        return errors
+    worst = min(reward for reward in (reference, *rewards) if np.isfinite(reward))
     drops: dict[tuple[str, int], dict[int, float]] = {}
-    for probe, score in zip(probes, scores, strict=True):
-        drops.setdefault((probe.kind, probe.key), {})[probe.option] = reference.reward - score.reward
+    for probe, reward in zip(probes, rewards, strict=True):
+        drop = reference - (reward if np.isfinite(reward) else worst)
+        drops.setdefault((probe.kind, probe.key), {})[probe.option] = drop
     return _Factors(genome, errors, drops, prior).applied()
 
 

@@ -93,8 +93,8 @@ class Single:
         while len(episodes) < min(self.warmup, limit) and problem.evaluations < self.evaluations:
             episodes.append(self._random_episode(env, rng))
         returns = [sum(step[3] for step in episode) for episode in episodes]
-        if not np.isfinite(returns).all():
-            raise AjpqError("a reward must be finite, but that of this environment is not; mend it")
+        if not np.isfinite(returns).any():
+            raise AjpqError("a reward must be finite, but none of this environment's is; mend it")
         lengths = [len(episode) for episode in episodes]
         told = _Told(env, returns, lambda n: problem.evaluations >= self.evaluations or n >= limit - len(episodes))
         model = self._model(told, max(lengths), float(np.mean(lengths)))
@@ -210,13 +210,16 @@ class _Told(gymnasium.Wrapper):
 
     def __init__(self, env: gymnasium.Env, returns: list[float], enough: Callable[[int], bool]) -> None:
         super().__init__(env)
-        self.mean = float(np.mean(returns))
-        self.deviation = max(float(np.std(returns)), 1e-6 * abs(self.mean)) or 1.0
+        finite = [value for value in returns if np.isfinite(value)]
+        self.mean, self.worst, spread = float(np.mean(finite)), min(finite), float(np.std(finite))
+        self.deviation = spread if spread > 1e-6 * abs(self.mean) else abs(self.mean) or 1.0
         self.enough, self.episodes, self._open = enough, 0, False
 
     def standardised(self, reward: float, ended: bool) -> float:
-        """The mean is taken off where the episode ends, so that it moves every return by the same."""
-        return (float(reward) - (self.mean if ended else 0.0)) / self.deviation
+        """The mean is taken off where the episode ends, so that it moves every return by the same. A reward that is not
+        finite is the worst return of the warm-up."""
+        reward = float(reward) if np.isfinite(reward) else self.worst
+        return (reward - (self.mean if ended else 0.0)) / self.deviation
 
     def reset(self, **options: Any) -> tuple[Any, dict]:
         if self.enough(self.episodes):

@@ -82,6 +82,21 @@ def _tensor(data: bytes | np.ndarray) -> Tensor:
     return torch.from_numpy(np.frombuffer(data, np.uint8).copy() if isinstance(data, bytes) else data)
 
 
+def _steps(values: Tensor) -> tuple[np.ndarray, int]:
+    """A tensor that is not float32 as differences of integers, int64 (n,), and the bytes that each of them takes."""
+    values = values.detach().cpu().contiguous()
+    integers = values.view(_BITS_OF.get(values.dtype, values.dtype)).numpy().astype(np.int64).ravel()
+    steps = np.diff(integers, prepend=np.int64(0))
+    return steps, next(k for k in (1, 2, 4, 8) if (steps.astype(f"<i{k}") == steps).all())
+
+
+def words_of(values: Tensor) -> int:
+    """32-bit words that a tensor of a module that is neither layer nor norm takes in the file, at most."""
+    if values.dtype == torch.float32 or values.is_complex() or values.is_quantized:
+        return values.numel()
+    return -(-values.numel() * _steps(values)[1] // 4)
+
+
 class Writer:
     """The flat tensors while they grow."""
 
@@ -98,10 +113,7 @@ class Writer:
             return self.put("raw", values)
         if values.is_complex() or values.is_quantized:
             raise AjpqError(f"tensors of a shipped network must be real, but {name} is {values.dtype}; split it in two")
-        values = values.detach().cpu().contiguous()
-        integers = values.view(_BITS_OF.get(values.dtype, values.dtype)).numpy().astype(np.int64).ravel()
-        steps = np.diff(integers, prepend=np.int64(0))
-        size = next(k for k in (1, 2, 4, 8) if (steps.astype(f"<i{k}") == steps).all())
+        steps, size = _steps(values)
         self.other += [bytes([size]), steps.astype(f"<i{size}").tobytes()]
 
     def finish(self, header: Mapping[str, Any]) -> dict[str, Tensor]:

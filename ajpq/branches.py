@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from ajpq import ops
+from ajpq.bitstream import words_of
 
 if TYPE_CHECKING:
     from ajpq.network import Network
@@ -157,7 +158,7 @@ def _writes_outside(network: Network, node: fx.Node, inside: set[fx.Node]) -> bo
 
 
 def _other_parameters(network: Network, gone: frozenset[str]) -> int:
-    """Floats of modules that are neither layers nor norms and that only these nodes use."""
+    """32-bit words of modules that are neither layers nor norms and that only these nodes use."""
     used = {str(n.target) for n in network.module.graph.nodes if n.op in ("call_module", "get_attr")}
     staying = {
         str(n.target) for n in network.module.graph.nodes if n.op in ("call_module", "get_attr") and n.name not in gone
@@ -165,9 +166,10 @@ def _other_parameters(network: Network, gone: frozenset[str]) -> int:
     going = used - staying - set(network.index) - {norm.name for norm in network.norms}
     tensors: list[tuple[str, Tensor]] = [*network.module.named_parameters(), *network.module.named_buffers()]
     return sum(
-        t.numel()
+        words_of(t)
         for name, t in tensors
-        if t.is_floating_point() and any(name == target or name.startswith(f"{target}.") for target in going)
+        if not name.endswith("num_batches_tracked")
+        and any(name == target or name.startswith(f"{target}.") for target in going)
     )
 
 

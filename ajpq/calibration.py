@@ -74,8 +74,8 @@ class _Recorder(fx.Interpreter):
                 found = torch.histc(x.float(), BINS, self.low[target], self.high[target])
                 self.counts[target] = self.counts.get(target, 0) + found.double()
             else:
-                self.low[target] = min(self.low.get(target, 0.0), x.min().item())
-                self.high[target] = max(self.high.get(target, 0.0), x.max().item())
+                self.low[target] = np.minimum(self.low.get(target, 0.0), x.min().item())  # these pass NaN on
+                self.high[target] = np.maximum(self.high.get(target, 0.0), x.max().item())
         return super().call_module(target, args, kwargs)
 
 
@@ -99,6 +99,6 @@ def calibrate(network: Network, batches: Iterable[tuple[Tensor, Tensor]]) -> Cal
     if not images:
         raise AjpqError("calibration needs at least one image, but the loader gave 0; pass training images")
     return {
-        name: InputRange(recorder.low[name], recorder.high[name], recorder.counts[name].cpu().numpy())
+        name: InputRange(float(recorder.low[name]), float(recorder.high[name]), recorder.counts[name].cpu().numpy())
         for name in recorder.low
     }

@@ -19,6 +19,7 @@ from ajpq.quantize import FLOAT
 from ajpq.surgery import shrink
 
 _HALF_MAX = torch.finfo(torch.float16).max
+_LEAST_STEP = 2.0**-18  # float16 rounds it by 1/128 at most
 
 
 def compress(
@@ -58,8 +59,21 @@ def compress(
     return small.eval()
 
 
-def check_norms(network: Network) -> None:
-    """Raises AjpqError for a batch-norm that `freeze` could not finish, before anything is spent."""
+def check_scales(network: Network, calibration: Calibration) -> None:
+    """Raises AjpqError for numbers that `freeze` could not finish in float16, before anything is spent: batch-norms of
+    their own, and layers all of whose steps would be hardly more than the smallest there are, unless what they put out
+    is as good as nothing."""
+    folded = {norm.folds_into: norm.name for norm in network.norms}
+    for layer in network.layers:
+        top = network.module.get_submodule(layer.name).weight.abs().flatten(1).amax(1)
+        if layer.name in folded:
+            top = top * _affine(network.module.get_submodule(folded[layer.name]))[0].abs()
+        largest, seen = top.max().item(), calibration[layer.name]
+        if largest / 127 < _LEAST_STEP and largest * max(seen.high, -seen.low) > 0.01:
+            raise AjpqError(
+                f"steps of weights must be at least {_LEAST_STEP:.1g} for float16, but the largest of {layer.name!r} "
+                f"at 8 bits is {largest / 127:.1g}; divide the network's inputs by their deviation"
+            )
     for norm in network.norms:
         if norm.folds_into is None:
             try:

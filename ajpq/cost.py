@@ -168,4 +168,4 @@ def loads_of(network: Network, policy: CompressionPolicy) -> tuple[Load, ...]:
 
 def total(cost: CostModel, network: Network, policy: CompressionPolicy) -> float:
     """The cost of a policy, in the model's unit."""
-    return float(cost(loads_of(network, policy)).sum())
+    return float(cost(loads_of(network, policy)).double().sum())  # as `Budget` adds up

@@ -114,7 +114,7 @@ class Network:
     values: Mapping[str, np.ndarray]  # node name -> int64 channels along dimension 1
     moves: Mapping[str, Move]  # node name -> how to re-emit it
     unused: tuple[str, ...]  # conv and linear modules that the traced forward never calls: not shipped
-    other_parameters: int  # float parameters of modules that are neither layers nor norms
+    other_parameters: int  # 32-bit words of modules that are neither layers nor norms
 
     def __getstate__(self) -> dict[str, Any]:
         """The fields; what was derived from them and cached is derived again."""

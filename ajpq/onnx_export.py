@@ -9,6 +9,7 @@ from onnx import ModelProto
 from torch import Tensor, fx, nn
 
 from ajpq.errors import AjpqError
+from ajpq.onnx_floats import keep_floats
 from ajpq.onnx_fours import fill_fours
 from ajpq.onnx_graph import integer_graph
 from ajpq.onnx_pads import fold_pads
@@ -28,6 +29,7 @@ def to_onnx(network: fx.GraphModule, images: Tensor) -> bytes:
     """
     model = _exported(integer_graph(network, images), images, None)
     fill_fours(model)
+    keep_floats(model)
     return model.SerializeToString(deterministic=True)
 
 
@@ -39,6 +41,7 @@ def float_onnx(network: nn.Module, images: Tensor, batch: int | None = None) -> 
 @torch.no_grad()
 def _exported(network: nn.Module, images: Tensor, batch: int | None) -> ModelProto:
     """Without the places in the source that the exporter notes, and paddings within convolutions."""
+    _check_pools(network)
     example = images[:1].expand(batch or 2, *images.shape[1:]).contiguous()
     free = None if batch else ({0: torch.export.Dim.DYNAMIC},)
     try:
@@ -62,3 +65,18 @@ def _exported(network: nn.Module, images: Tensor, batch: int | None) -> ModelPro
     model.ClearField("metadata_props")
     fold_pads(model)
     return model
+
+
+def _check_pools(network: nn.Module) -> None:
+    """Raises AjpqError for an argument of average pooling that the exporter leaves out."""
+    modules = dict(network.named_modules())
+    nodes = network.graph.nodes if isinstance(network, fx.GraphModule) else ()
+    calls = [(node.name, node.kwargs.get("divisor_override", (*node.args, *[None] * 7)[6]))
+             for node in nodes if "avg_pool2d" in str(node.target)]  # fmt: skip
+    calls += [(name, module.divisor_override) for name, module in modules.items() if isinstance(module, nn.AvgPool2d)]
+    for name, divisor in calls:
+        if divisor is not None:
+            raise AjpqError(
+                f"average pooling in an ONNX model divides by what it covers, but {name!r} has a divisor_override of "
+                f"{divisor}; multiply by a factor behind it instead"
+            )

@@ -23,7 +23,6 @@ RELUS = frozenset(("relu", "relu6", "hardtanh"))
 MAX_POOLS = frozenset("maxpool2d max_pool2d adaptivemaxpool2d adaptive_max_pool2d boolean_dispatch".split())
 _MOVES = ops.MOVE | ops.CONCAT | ops.PAD | RELUS | MAX_POOLS | {"identity"}
 _SIZES = frozenset(("size", "dim", "getattr"))
-_NORMS = (nn.BatchNorm2d, nn.BatchNorm1d)
 
 
 def module_of(network: fx.GraphModule, node: fx.Node) -> nn.Module | None:
@@ -55,7 +54,7 @@ def ends(network: fx.GraphModule) -> list[fx.Node]:
         if not layer.geometry.conv or (layer.bits == FLOAT).any():
             continue
         end = node
-        if (norm := _alone(end)) and isinstance(module_of(network, norm), _NORMS):
+        if (norm := _alone(end)) and getattr(module_of(network, norm), "folds_into", None) == node.target:
             end = norm
         if (relu := _alone(end)) and name_of(network, relu) in RELUS:
             end = relu

@@ -5,7 +5,6 @@ tried.
 from __future__ import annotations
 
 import copy
-import json
 import math
 import time
 from collections import deque
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from ajpq.budget import Budget
 from ajpq.calibration import calibrate
-from ajpq.compression import check_norms
+from ajpq.compression import check_scales
 from ajpq.correction import check_correction
 from ajpq.cost import BOPs, CostModel, MACs, Size
 from ajpq.data import Batches, take
@@ -39,9 +38,9 @@ CALIBRATION_IMAGES = 1000
 
 @dataclass(frozen=True)
 class Score:
-    """What one evaluation found. accuracy and ratios are fractions; costs are in each model's unit; loss and
-    divergence: see `scoring.setting.Measured`. whole: measured on the whole search split; otherwise the
-    evaluator gave up after `images` of them."""
+    """What one evaluation found. reward: -inf where it was NaN, and then never the best. accuracy and ratios are
+    fractions; costs are in each model's unit; loss and divergence: see `scoring.setting.Measured`. whole: measured on
+    the whole search split; otherwise the evaluator gave up after `images` of them."""
 
     reward: float
     accuracy: float
@@ -143,10 +142,10 @@ class Problem:
         choices = choices or Choices()
         calibration = take(calibration, CALIBRATION_IMAGES)
         self.network = model if isinstance(model, Network) else trace(model, first_images(calibration))
-        check_norms(self.network)
         self.space = SearchSpace(self.network, choices, importance(self.network, calibration, task))
         self.budget = reachable(self.space, budget, costs)
         self.calibration = calibrate(self.network, calibration)
+        check_scales(self.network, self.calibration)
         self.task, self.choices, self.reward = task, choices, reward
         self.train, self.on_evaluation = train, on_evaluation
         norm_data = take(calibration, norm_images) if norm_images else []
@@ -169,7 +168,7 @@ class Problem:
     @property
     def best(self) -> Evaluation | None:
         """The first evaluation with the highest reward within budget."""
-        within = [e for e in self.history if e.score.within and e.score.whole and not math.isnan(e.score.reward)]
+        within = [e for e in self.history if e.score.within and e.score.whole and e.score.reward > -math.inf]
         return max(within, key=lambda e: (e.score.reward, -e.number), default=None)
 
     def draft(self) -> Draft:
@@ -225,7 +224,7 @@ class Problem:
     def _replay(self, row: Mapping[str, Any], policy: CompressionPolicy) -> None:
         self._record(row["policy"], policy, Measured(**{field.name: row[field.name] for field in fields(Measured)}))
         number, reward = len(self.history), self.history[-1].score.reward
-        if not (math.isclose(reward, row["reward"], rel_tol=1e-6) or json.dumps(reward) == json.dumps(row["reward"])):
+        if not math.isclose(reward, row["reward"], rel_tol=1e-6):
             raise AjpqError(
                 f"a resumed search must give the rewards of its record, but evaluation {number} has {row['reward']} "
                 f"there and {reward} now; resume with the same reward and costs"
@@ -247,10 +246,11 @@ class Problem:
     def _record(self, key: str, policy: CompressionPolicy, measured: Measured) -> None:
         costs = self.budget.values(policy)
         ratios = {name: value / self.budget.original[name] for name, value in costs.items()}
+        reward = self.reward(measured, ratios)
         within = all(ratios[name] <= limit * (1 + 1e-9) for name, limit in self.budget.limits.items())
         self._memo[key] = Score(
-            self.reward(measured, ratios), measured.accuracy, costs, ratios, within, measured.images, measured.whole,
-            measured.loss, measured.divergence,
+            -math.inf if math.isnan(reward) else reward, measured.accuracy, costs, ratios, within, measured.images,
+            measured.whole, measured.loss, measured.divergence,
         )  # fmt: skip
         seconds = time.perf_counter() - self._start
         self.history.append(Evaluation(len(self.history) + 1, policy, self._memo[key], seconds))

@@ -153,4 +153,4 @@ class SearchSpace:
         kernels = np.flatnonzero(alive[layer.writes])
         kernels = kernels[np.argsort(-self.scores[layer.name][kernels], kind="stable")]
         n = len(kernels) if self.choices.blocks == "max" else min(int(self.choices.blocks), len(kernels))
-        return np.array_split(kernels, n)
+        return np.array_split(kernels, n) if n else []

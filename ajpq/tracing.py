@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from ajpq.bitstream import words_of
 from ajpq.channels import Value
 from ajpq.errors import AjpqError
 from ajpq.network import Network, NormSpec, Space
+from ajpq.plain import plain_copy
 from ajpq.proof import proven
 from ajpq.walk import Walk
 
@@ -30,7 +31,7 @@ def trace(model: nn.Module, example: Tensor) -> Network:
                 f"weights must be finite, but {name!r} has {int((~torch.isfinite(tensor)).sum())} NaN or inf values "
                 "of " + f"{tensor.numel()}; load another checkpoint or train with a lower learning rate"
             )
-    private = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    private = plain_copy(model).cpu().eval().requires_grad_(False)
     try:
         module = fx.symbolic_trace(private)
     except (
@@ -79,11 +80,14 @@ def _drop_identities(module: fx.GraphModule) -> None:
 
 
 def _name_no_inputs(module: fx.GraphModule) -> None:
-    """The input of a module that is called as ``conv(input=x)`` becomes its first argument, where all look for it."""
+    """The input of a module or function that is called as ``conv(input=x)`` becomes its first argument, where all look
+    for it."""
     for node in module.graph.nodes:
-        values = list(node.kwargs.values())
-        if node.op == "call_module" and not node.args and values == node.all_input_nodes and len(values) == 1:
-            node.args, node.kwargs = tuple(values), {}
+        if node.op not in ("call_module", "call_function") or node.args or len(node.all_input_nodes) != 1:
+            continue
+        name, value = next(iter(node.kwargs.items()), ("", None))
+        if value is node.all_input_nodes[0] and (node.op == "call_module" and len(node.kwargs) == 1 or name == "input"):
+            node.args, node.kwargs = (value,), {key: v for key, v in node.kwargs.items() if key != name}
     module.recompile()
 
 
@@ -135,7 +139,9 @@ def assemble(walk: Walk, original: nn.Module, example: Tensor) -> Network:
     known = set(walk.layers) | set(walk.norm_nodes)
     tensors = {**dict(walk.module.named_parameters()), **dict(walk.module.named_buffers())}
     others = sum(
-        t.numel() for name, t in tensors.items() if name.rpartition(".")[0] not in known and t.is_floating_point()
+        words_of(t)
+        for name, t in tensors.items()
+        if name.rpartition(".")[0] not in known and not name.endswith("num_batches_tracked")
     )
     return Network(walk.module, example, layers, spaces, norms, values, plans, unused, others)
 

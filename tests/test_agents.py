@@ -1,6 +1,7 @@
 """The searches, on problems whose best policy is known."""
 
 import copy
+import itertools
 from statistics import NormalDist
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from nets import problem_of
 
 from agents.evolution import NSGA2
+from agents.genes import Genome
 from agents.hierarchical import Hierarchical
 from agents.hill_climbing import HillClimbing
 from agents.linear_program import LinearProgram
@@ -104,10 +106,10 @@ def test_critics_choose_better_episodes_than_chance():
     assert learned > blind
 
 
-@pytest.mark.parametrize("algorithm", ("DDPG", "SAC"))
+@pytest.mark.parametrize("algorithm", ("DDPG", "SAC", "TQC"))
 def test_a_search_that_continues_from_its_state_ends_as_if_it_had_never_stopped(algorithm):
     def make() -> Hierarchical:
-        return Hierarchical(14, 0, algorithm=algorithm, start=LinearProgram(), warmup=6, gradient_steps=2)
+        return Hierarchical(18, 0, algorithm=algorithm, start=LinearProgram(), warmup=6, gradient_steps=5, elite=0.0)
 
     whole = make().search(on(widest, 0.3))
     kept = {}
@@ -124,6 +126,69 @@ def test_a_search_that_continues_from_its_state_ends_as_if_it_had_never_stopped(
     backend.load_state_dict(kept)
     np.random.seed(5), torch.manual_seed(5)
     assert digests(backend.search(again))[9:] == digests(whole)[9:]
+
+
+def test_the_state_of_sac_holds_the_weight_of_its_entropy():
+    backend = Hierarchical(14, 0, algorithm="SAC", warmup=6, gradient_steps=5)
+    backend.search(on(widest, 0.3))
+    state, other = backend.state_dict(), Hierarchical(14, 1, algorithm="SAC")
+    other._prepare(on(widest, 0.3))
+    other._continue(state)
+    for who, controller in backend.controllers.items():
+        weight = controller.model.log_ent_coef
+        assert weight.item() != 0 and torch.equal(other.controllers[who].model.log_ent_coef, weight)
+
+
+def test_rewards_that_are_not_finite_spoil_no_search():
+    """Every fourth evaluation fails; what learned from the others still chooses by numbers."""
+    for make in (
+        lambda: Hierarchical(20, 0, warmup=6, gradient_steps=2),
+        lambda: Hierarchical(30, 0, start=LinearProgram(), warmup=4, gradient_steps=2),
+        lambda: LinearProgram(40),
+        lambda: HillClimbing(20),
+    ):
+        for bad in (float("nan"), -float("inf")):
+            backend, count = make(), itertools.count()
+            result = backend.search(on(lambda policy: bad if next(count) % 4 == 1 else widest(policy)))  # noqa: B023
+            assert np.isfinite(result.score.reward) and result.evaluations > 8
+            for controller in getattr(backend, "controllers", {}).values():
+                assert all(torch.isfinite(p).all() for p in controller.model.policy.parameters())
+
+
+def test_a_search_keeps_its_own_state_and_not_that_of_its_start():
+    class Saving(RandomSearch):
+        def search(self, problem):
+            problem.save(self)
+            return super().search(problem)
+
+    problem, kept = on(widest), []
+    problem.checkpoint = kept.append
+    backend = Hierarchical(14, 0, start=Saving(), warmup=3, gradient_steps=1)
+    backend.search(problem)
+    assert kept and all(one is backend for one in kept)
+
+
+def test_a_start_that_fills_the_warmup_is_learned_from_as_much():
+    Spy.made, trained = [], []
+
+    class Counting(Spy):
+        def train(self, gradient_steps, batch_size=100):
+            trained.append(gradient_steps)
+            super().train(gradient_steps, batch_size)
+
+    Hierarchical(12, 0, algorithm=Counting, start=RandomSearch(), share=0.5, warmup=4, gradient_steps=2).search(
+        on(widest)
+    )
+    assert trained[:2] == [20, 20] and set(trained[2:]) == {2}
+
+
+def test_a_policy_that_skips_a_branch_has_values():
+    genome = Genome(on(widest).space)
+    network = genome.network
+    policy = genome.policy(genome.levels - 1)
+    weights = {name: bits * (name not in network.branches[0].layers) for name, bits in policy.weight_bits.items()}
+    values = genome.values_of(CompressionPolicy(weights, dict(policy.act_bits)))
+    assert values.shape == genome.levels.shape
 
 
 def test_per_kernel_decisions():

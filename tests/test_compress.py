@@ -256,6 +256,15 @@ def test_activation_steps_are_nearly_the_best_there_are(bits):
     assert found.step(32) == 1
 
 
+def test_one_pixel_that_is_no_number_is_noticed():
+    network = network_of("digits_cnn")
+    (x, y), *_ = batches_of(network)
+    x = x.clone()
+    x[0, 0, 0, 0] = float("nan")
+    with pytest.raises(AjpqError, match="must be finite"):
+        calibrate(network, [(x, y)])
+
+
 def test_calibration_errors():
     network = network_of("digits_cnn")
     with pytest.raises(AjpqError, match="at least one image"):

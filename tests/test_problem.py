@@ -198,6 +198,21 @@ def test_a_reward_that_is_no_number_is_never_the_best():
     assert problem.best.score.reward == 3.0
 
 
+def test_weights_that_float16_has_no_steps_for_are_told_at_once():
+    torch.manual_seed(0)
+    x = 65535 * torch.rand(16, 3, 8, 8)
+    net = nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 4))
+    for _ in range(60):
+        net(x)
+    batches = [(x, torch.zeros(16, dtype=torch.int64))]
+    with pytest.raises(AjpqError, match=r"largest of '0' at 8 bits.*divide the network's inputs"):
+        Problem(net.eval(), batches, batches, {"size": 0.5})
+    with torch.no_grad():  # a layer that is switched off may have steps as small as it likes
+        net[0].weight *= 1e-9
+        net[1].running_var.fill_(1.0)
+    Problem(net, batches, batches, {"size": 0.5})
+
+
 def test_giving_up_early_needs_the_accuracy_as_reward():
     network = network_of("digits_cnn")
     data = batches_of(network), batches_of(network, seed=1)

@@ -1,5 +1,6 @@
 """One controller alone: with every algorithm, on any environment, exactly as many evaluations as asked for."""
 
+import itertools
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from nets import problem_of
 from stable_baselines3.common.buffers import NStepReplayBuffer
 
 from agents.random_search import RandomSearch
-from agents.single import Single, algorithm_of
+from agents.single import Single, _Told, algorithm_of
 from ajpq.errors import AjpqError
 from ajpq.explain import CONF
 from ajpq.policy import CompressionPolicy
@@ -205,6 +206,22 @@ def test_an_environment_whose_actions_are_no_box():
 
     with pytest.raises(AjpqError, match=r"actions must be a Box.*Discrete\(3\)"):
         Single(10, env=lambda problem, **options: Steps(CompressionEnv(problem, **options))).search(on())
+
+
+def test_rewards_that_fail_now_and_then_are_the_worst_there_were():
+    numbers = itertools.count()
+
+    class Shaky(gymnasium.RewardWrapper):
+        def reward(self, reward):
+            return float("nan") if next(numbers) % 7 == 0 else reward
+
+    assert Single(14, env=Shaky, warmup=6).search(on()).evaluations == 14
+
+
+def test_equal_returns_of_the_warmup_leave_later_ones_in_proportion():
+    told = _Told(gymnasium.Env(), [0.1] * 6, lambda n: False)
+    assert told.standardised(0.2, True) == pytest.approx(1.0)
+    assert _Told(gymnasium.Env(), [0.0] * 6, lambda n: False).standardised(0.5, True) == 0.5
 
 
 def test_a_reward_that_is_not_finite():
