@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 import torch
 from nets import conv, images_of, network_of, random_policy, traced
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ajpq.calibration import calibrate
 from ajpq.compression import compress, freeze
 from ajpq.finetuning import finetune
 from ajpq.layers import ActQuant
+from ajpq.onnx_graph import integer_graph
 from ajpq.outputs import ends, quantize_outputs, quantized_by
+from ajpq.policy import CompressionPolicy
 from ajpq.shipping import load, ship
 
 
@@ -115,3 +118,20 @@ def test_sums_of_integers_do_not_depend_on_their_order() -> None:
         whole, single = final(images), torch.cat([final(image[None]) for image in images])
         last = final(images.contiguous(memory_format=torch.channels_last))
     assert torch.equal(whole, single) and torch.equal(whole, last)
+
+
+def test_behind_a_batch_norm_that_is_not_folded_nothing_more_is_rounded() -> None:
+    """A convolution and its norm that run twice: the quantizer belongs behind the convolution."""
+
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.a(x)
+        z = F.relu(m.bn(m.s(y)))
+        return m.l((y + z + F.relu(m.bn(m.s(z)))).mean((2, 3)))
+
+    network = traced(run, (3, 8, 8), a=conv(3, 8), s=conv(8, 8), bn=nn.BatchNorm2d(8), l=nn.Linear(8, 4))
+    x = torch.randn(32, 3, 8, 8)
+    batches = [(x, torch.zeros(32, dtype=torch.int64))]
+    student = compress(network, CompressionPolicy.homogeneous(network, 8, 8), calibrate(network, batches))
+    final = finetune(student, batches, epochs=0)
+    with torch.no_grad():
+        torch.testing.assert_close(integer_graph(final, x)(x), final(x), rtol=1e-4, atol=1e-5)
