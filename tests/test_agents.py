@@ -231,10 +231,10 @@ def test_hierarchical_works_with_every_algorithm_for_continuous_actions(algorith
 
 
 @pytest.mark.parametrize(
-    "algorithm", ("PPO", "A2C", "DQN", "Genetic", "", stable_baselines3.PPO, stable_baselines3.DQN, None, 3)
+    "algorithm", ("PPO", "A2C", "DQN", "CrossQ", "Genetic", "", stable_baselines3.PPO, stable_baselines3.DQN, None, 3)
 )
 def test_hierarchical_refuses_other_algorithms(algorithm):
-    with pytest.raises(AjpqError, match="off-policy class .*DDPG, TD3, SAC, TQC.*but it is"):
+    with pytest.raises(AjpqError, match="algorithm must be DDPG, TD3, SAC, TQC.*but it is"):
         Hierarchical(10, algorithm=algorithm)
 
 
