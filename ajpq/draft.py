@@ -98,8 +98,8 @@ class Draft:
         network, space = self.space.network, self.space
         for layer in network.layers:
             fresh = self._fresh_spaces(layer)
-            top = space.choices.max_sparsity
-            if any(space.n_pruned(s, top) for s in fresh):
+            if fresh:
+                top = space.choices.max_sparsity
                 yield Decision("sparsity", layer, (self._least_sparsity(fresh), top), (0.0, top))
             if len(acts := space.acts(layer)) > 1:
                 yield Decision(
