@@ -210,6 +210,24 @@ def test_other_parameters_are_counted_once():
     assert size == 32 * (27 * 4 + 4 + 8 + 4 + 25) + 4 * 9 + HEADER + 2 * HEADER_PER_LAYER
 
 
+@pytest.mark.parametrize(
+    "values", (torch.randperm(4096, generator=torch.Generator().manual_seed(0)), torch.rand(4096).double())
+)
+def test_buffers_of_other_types_take_no_more_than_claimed(values):
+    class Ordered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.l = conv(3, 4), nn.Linear(4, 5)
+            self.register_buffer("p", values)
+
+        def forward(self, x):
+            return self.l(self.a(x).mean((2, 3))) + self.p[:5].float()
+
+    network = trace(Ordered(), torch.randn(2, 3, 8, 8))
+    policy = CompressionPolicy.homogeneous(network, 8, 32)
+    assert len(to_bytes(pack(freeze(compress(network, policy))))) <= total(Size(), network, policy) / 8
+
+
 def test_a_depthwise_kernel_and_a_layer_called_twice():
     network = traced(
         lambda m, x: m.l(m.d(m.d(m.a(x))).mean((2, 3))), a=conv(3, 4), d=conv(4, 4, groups=4), l=nn.Linear(4, 5)
