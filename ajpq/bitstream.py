@@ -90,8 +90,11 @@ def _steps(values: Tensor) -> tuple[np.ndarray, int]:
     return steps, next(k for k in (1, 2, 4, 8) if (steps.astype(f"<i{k}") == steps).all())
 
 
-def words_of(values: Tensor) -> int:
-    """32-bit words that a tensor of a module that is neither layer nor norm takes in the file, at most."""
+def words_of(name: str, values: Tensor) -> int:
+    """32-bit words that a tensor of a module that is no layer takes in the file, at most; a batch-norm's count of
+    batches is not written."""
+    if name.endswith("num_batches_tracked"):
+        return 0
     if values.dtype == torch.float32 or values.is_complex() or values.is_quantized:
         return values.numel()
     return -(-values.numel() * _steps(values)[1] // 4)

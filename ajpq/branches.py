@@ -166,10 +166,9 @@ def _other_parameters(network: Network, gone: frozenset[str]) -> int:
     going = used - staying - set(network.index) - {norm.name for norm in network.norms}
     tensors: list[tuple[str, Tensor]] = [*network.module.named_parameters(), *network.module.named_buffers()]
     return sum(
-        words_of(t)
+        words_of(name, t)
         for name, t in tensors
-        if not name.endswith("num_batches_tracked")
-        and any(name == target or name.startswith(f"{target}.") for target in going)
+        if any(name == target or name.startswith(f"{target}.") for target in going)
     )
 
 

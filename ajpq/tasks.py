@@ -79,13 +79,11 @@ def means(values: Mapping[str, Tensor]) -> dict[str, float]:
 def check_task(task: Task, model: nn.Module, images: Tensor, targets: Tensor) -> None:
     """Raises AjpqError where a network's outputs for a batch, or its targets, are not what the task is about."""
     with torch.no_grad():
-        outputs = model(images)
+        outputs, why = model(images), ""
         try:
             fits = len(task.losses(outputs, targets)) == len(task.quality(outputs, targets)) == len(images)
         except (ValueError, IndexError, RuntimeError, TypeError) as error:
             fits, why = False, f" ({str(error).splitlines()[0]})"
-        else:
-            why = ""
     if not fits:
         found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise AjpqError(

@@ -138,11 +138,7 @@ def assemble(walk: Walk, original: nn.Module, example: Tensor) -> Network:
     )
     known = set(walk.layers) | set(walk.norm_nodes)
     tensors = {**dict(walk.module.named_parameters()), **dict(walk.module.named_buffers())}
-    others = sum(
-        words_of(t)
-        for name, t in tensors.items()
-        if name.rpartition(".")[0] not in known and not name.endswith("num_batches_tracked")
-    )
+    others = sum(words_of(name, t) for name, t in tensors.items() if name.rpartition(".")[0] not in known)
     return Network(walk.module, example, layers, spaces, norms, values, plans, unused, others)
 
 
