@@ -10,7 +10,7 @@ import gymnasium
 import numpy as np
 import stable_baselines3
 import torch
-from stable_baselines3.common.logger import configure
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from ajpq.errors import AjpqError
@@ -42,7 +42,7 @@ class Controller:
     def __init__(self, view: View, kind: type[OffPolicyAlgorithm], seed: int, settings: Mapping[str, Any]) -> None:
         self.view, self.size = view, view.action_space.shape[0]
         self.model = kind("MlpPolicy", _Shell(view), seed=seed, device="cpu", gamma=1.0, **settings)
-        self.model.set_logger(configure(None, []))
+        self.model.set_logger(Logger(None, []))  # `configure` would leave a folder for every search
         self._episode: list[int] = []  # of every stored transition
 
     def remember(self, episode: int, observations: Sequence[np.ndarray], actions: Sequence[np.ndarray]) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import tempfile
 from statistics import NormalDist
 
 import numpy as np
@@ -46,6 +47,12 @@ def digests(result: SearchResult) -> list[str]:
 
 def mean_reward(make, evaluator, seeds: int = 2) -> float:
     return float(np.mean([make(seed).search(on(evaluator)).score.reward for seed in range(seeds)]))
+
+
+def test_a_search_leaves_nothing_in_the_folder_for_temporary_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    Hierarchical(4, 0, warmup=2).search(on(widest))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("evaluator", (widest, narrowest))
