@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, RandomSampler, SequentialSampler, Subset
 
 from ajpq.cifar_files import CIFAR10, CIFAR100, Kind, Source, fetch, open_cifar
 from ajpq.epochs import batches_in, begun, restarted, seeded
@@ -54,7 +54,7 @@ def divide(batches: Batches, share: float, seed: int) -> tuple[Batches, Batches]
     if isinstance(batches, DataLoader) and not isinstance(batches.dataset, Sized):
         raise AjpqError("training images can be divided where their number is known, but this dataset is a stream")
     if isinstance(batches, DataLoader):
-        _check_order(batches)
+        _check_order(batches, "divided")
     whole = batches.images if in_memory else batches.dataset if by_image else batches
     count = round(share * len(whole))
     if not 0 < count < len(whole):
@@ -66,12 +66,12 @@ def divide(batches: Batches, share: float, seed: int) -> tuple[Batches, Batches]
     return _part(batches, order[:count]), _part(batches, order[count:])
 
 
-def _check_order(loader: DataLoader) -> None:
+def _check_order(loader: DataLoader, what: str) -> None:
     """Whether it yields all of its dataset: a sampler may leave out what is to be held out."""
     plain = type(loader.sampler) in (RandomSampler, SequentialSampler)
     if not plain or loader.batch_size is None or len(loader.sampler) != len(loader.dataset):
         raise AjpqError(
-            "training images can be divided in a DataLoader that yields its whole dataset in batches, but this one has "
+            f"images can be {what} in a DataLoader that yields its whole dataset in batches, but this one has "
             f"a sampler of its own ({type(loader.sampler if loader.batch_size else loader.batch_sampler).__name__}); "
             "wrap the images that it draws in torch.utils.data.Subset and shuffle those"
         )
@@ -81,13 +81,35 @@ def _part(batches: Batches, chosen: Tensor) -> Batches:
     if hasattr(batches, "part"):
         return batches.part(chosen)
     if isinstance(batches, DataLoader):
-        return DataLoader(
-            Subset(batches.dataset, chosen.tolist()), batches.batch_size, 
-            shuffle=isinstance(batches.sampler, RandomSampler),
-            num_workers=batches.num_workers, collate_fn=batches.collate_fn, pin_memory=batches.pin_memory,
-            drop_last=batches.drop_last,
-        )  # fmt: skip
+        return _like(batches, Subset(batches.dataset, chosen.tolist()))
     return [batches[i] for i in chosen.tolist()]
+
+
+def _like(loader: DataLoader, dataset: Dataset, generator: torch.Generator | None = None) -> DataLoader:
+    return DataLoader(
+        dataset, loader.batch_size, shuffle=isinstance(loader.sampler, RandomSampler), num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn, pin_memory=loader.pin_memory, drop_last=loader.drop_last, generator=generator,
+    )  # fmt: skip
+
+
+def join(batches: Batches, others: Batches) -> Batches:
+    """A loader like `batches`, of its batch size, order and augmentation, over the images of both.
+
+    Joins two loaders of one kind: those that have `joined(other)`, as `ImageBatches`, DataLoaders (the images of the
+    other come as its data set gives them), and lists, batch by batch. Raises AjpqError for others.
+    """
+    if hasattr(batches, "joined") and type(batches) is type(others):
+        return batches.joined(others)
+    if isinstance(batches, DataLoader) and isinstance(others, DataLoader):
+        for loader in (batches, others):
+            _check_order(loader, "joined")
+        return _like(batches, ConcatDataset([batches.dataset, others.dataset]), batches.generator)
+    if isinstance(batches, Sequence) and isinstance(others, Sequence):
+        return [*batches, *others]
+    raise AjpqError(
+        f"images of two splits can be joined in two ImageBatches, DataLoaders or lists of batches, but these are "
+        f"{type(batches).__name__} and {type(others).__name__}; pass two of a kind"
+    )
 
 
 @dataclass(frozen=True)
@@ -132,6 +154,14 @@ class ImageBatches:
         twin = copy.copy(self)
         twin.images, twin.labels = self.images[chosen], self.labels[chosen]
         twin._epochs = restarted(self._epochs)
+        return twin
+
+    def joined(self, other: ImageBatches) -> ImageBatches:
+        """The same over the images of both; its epochs are this one's next."""
+        twin = copy.copy(self)
+        twin.images, twin.labels = (
+            torch.cat(pair) for pair in ((self.images, other.images), (self.labels, other.labels))
+        )
         return twin
 
     def __len__(self) -> int:

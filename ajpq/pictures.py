@@ -172,6 +172,12 @@ class PictureBatches:
         twin._epochs = restarted(self._epochs)
         return twin
 
+    def joined(self, other: PictureBatches) -> PictureBatches:
+        """The same over the images of both, which are of the same pictures; its epochs are this one's next."""
+        twin = copy.copy(self)
+        twin.images = torch.cat([self.images, other.images])
+        return twin
+
     def __len__(self) -> int:
         return batches_in(len(self.images), self.batch_size, self._epochs)
 

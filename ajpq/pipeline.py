@@ -19,9 +19,7 @@ from ajpq.console import Screen
 from ajpq.control import Beside, Comparison, Control
 from ajpq.data import take
 from ajpq.errors import AjpqError, check_counts
-from ajpq.features import survivors
 from ajpq.files import remove_parts, write_text
-from ajpq.finetuning import finetune
 from ajpq.onnx_check import seen
 from ajpq.onnx_export import FILE as ONNX
 from ajpq.onnx_export import float_onnx
@@ -71,25 +69,14 @@ def run(cfg: DictConfig, folder: Path) -> None:
     with screen.stage("reconstruct"):
         student = job.student(result.policy)
         searched = copy.deepcopy(student)  # to be measured at the end: fine-tuning works in place
-    settings = dict(job.finetune)
-    teacher = model if settings.pop("distillation") else None
     try:
         write_text(folder / "policy.json", result.policy.to_json())
-        with screen.stage("fine-tune", settings["epochs"]) as advance:
-            final = finetune(
-                student,
-                data.train,
-                teacher=teacher,
-                task=problem.task,
-                kept=survivors(network, result.policy),
-                checkpoint=folder / TUNING,
-                also={"reconstruct_images": cfg.reconstruct_images},
-                seed=cfg.seed,
-                **settings,
-                on_epoch=epochs(advance),
+        with screen.stage("fine-tune", job.finetune["epochs"]) as advance:
+            final = job.tuned(
+                student, result.policy, data, checkpoint=folder / TUNING, seed=cfg.seed, on_epoch=epochs(advance)
             )
     except KeyboardInterrupt:
-        if settings.get("norm_batches", True):
+        if job.finetune.get("norm_batches", True):
             recalibrate(student, data.calibration)
         ship(freeze(student), folder)
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,9 +20,11 @@ from ajpq.checkpoint import load_weights, save_weights
 from ajpq.compression import compress
 from ajpq.console import Advance, Screen
 from ajpq.correction import Correction, advice, check_correction
-from ajpq.data import Data, take
+from ajpq.data import Data, join, take
 from ajpq.epochs import skip
 from ajpq.errors import AjpqError, check_counts
+from ajpq.features import survivors
+from ajpq.finetuning import finetune
 from ajpq.memory import keep_freed_memory
 from ajpq.network import Network
 from ajpq.policy import CompressionPolicy
@@ -40,8 +43,8 @@ TRAINED, SHARED = "original.safetensors", "shared.safetensors"
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """What a search starts from. model: the trained CNN, traced: `original`; `network` may have other weights
-    (`ajpq.sharing.share`). finetune: keywords of `ajpq.finetuning.finetune`. norm_images, reconstruct_images and
-    correction: see `student`."""
+    (`ajpq.sharing.share`). finetune: the settings of `tuned`. norm_images, reconstruct_images and correction: see
+    `student`."""
 
     data: Data
     model: nn.Module
@@ -63,6 +66,18 @@ class Prepared:
             Correction(self.original, take(images, self.norm_images), self.correction)(student, policy)
         return student
 
+    def tuned(self, student: fx.GraphModule, policy: CompressionPolicy, data: Data, **options) -> fx.GraphModule:
+        """The finished network: `student(policy)` fine-tuned on the splits of `data` that the settings name, by the
+        keywords of `ajpq.finetuning.finetune` among them; it learns from the original if `distillation` is set.
+        options: more of these keywords."""
+        settings = dict(self.finetune)
+        teacher, splits = self.model if settings.pop("distillation") else None, settings.pop("splits", ["train"])
+        came_from = {"reconstruct_images": self.reconstruct_images, "splits": splits}
+        return finetune(
+            student, functools.reduce(join, [getattr(data, split) for split in splits]), teacher=teacher,
+            task=self.problem.task, kept=survivors(self.network, policy), also=came_from, **settings, **options,
+        )  # fmt: skip
+
 
 def prepare(cfg: DictConfig, folder: Path, screen: Screen) -> Prepared:
     """Instantiate the parts of a job, load or train its model, and make the problem.
@@ -82,6 +97,7 @@ def prepare(cfg: DictConfig, folder: Path, screen: Screen) -> Prepared:
     for name in names:
         if name != "weights":
             check_settings(**recipes[name])
+    _check_splits(recipes["finetune"].get("splits", ["train"]))
     check = getattr(getattr(parts["evaluator"], "func", None), "check", None)
     if check is not None:
         check(**parts["evaluator"].keywords)
@@ -132,6 +148,15 @@ def prepare(cfg: DictConfig, folder: Path, screen: Screen) -> Prepared:
         data, model, original, network, problem, recipes["finetune"], cfg.norm_images, cfg.correction,
         cfg.reconstruct_images,
     )  # fmt: skip
+
+
+def _check_splits(splits: Any) -> None:
+    """The test split is read once, at the end, and training images are always learned from."""
+    if splits not in (["train"], ["train", "search"]):
+        raise AjpqError(
+            "a found network is fine-tuned on the training images, or on those of the search, too, once it is over, "
+            f"but finetune.splits is {splits!r}; write finetune.splits=[train] or finetune.splits=[train,search]"
+        )
 
 
 def _check(cfg: DictConfig) -> None:

@@ -7,6 +7,7 @@ import csv
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,7 @@ from ajpq.console import Screen
 from ajpq.data import Batches, Data
 from ajpq.epochs import skip
 from ajpq.errors import AjpqError
-from ajpq.features import survivors
 from ajpq.files import remove_parts, replacing, write_text
-from ajpq.finetuning import finetune
 from ajpq.policy import CompressionPolicy
 from ajpq.preparing import Prepared, epochs
 from ajpq.problem import Problem, SearchBackend
@@ -92,22 +91,10 @@ class Tuner:
 
     def _tuned(self, policy: CompressionPolicy, seed: int, title: str, state: Path) -> float:
         data = self._data = self._data or self._fresh()
-        settings = dict(self.job.finetune)
-        teacher = self.job.model if settings.pop("distillation") else None
         student = self.job.student(policy)
-        with self.screen.stage(f"fine-tune {title}", settings["epochs"]) as advance:
-            train = _later(data.train, seed)
-            final = finetune(
-                student,
-                train,
-                teacher=teacher,
-                task=self.job.problem.task,
-                kept=survivors(self.job.network, policy),
-                checkpoint=state,
-                seed=seed,
-                **settings,
-                on_epoch=epochs(advance),
-            )
+        with self.screen.stage(f"fine-tune {title}", self.job.finetune["epochs"]) as advance:
+            later = replace(data, train=_later(data.train, seed))
+            final = self.job.tuned(student, policy, later, checkpoint=state, seed=seed, on_epoch=epochs(advance))
         return accuracy(final, data.test, self.job.problem.task)
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, SubsetRandomSampler, TensorDataset
 
 from ajpq.cifar_files import CIFAR10_CLASSES
-from ajpq.data import ImageBatches, cifar10, cifar100, digits, divide, stratified_order
+from ajpq.data import ImageBatches, cifar10, cifar100, digits, divide, join, stratified_order
 from ajpq.errors import AjpqError
 
 MEAN, STD = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1), torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
@@ -153,6 +153,26 @@ def test_what_cannot_be_divided_is_named():
         divide((batch for batch in digits().train), 0.8, 0)
     with pytest.raises(AjpqError, match="leaves one empty"):
         divide([1], 0.8, 0)
+
+
+def test_joined_loaders_have_the_images_of_both_in_the_first_ones_order():
+    whole, numbers = digits().train, torch.arange(1000)
+    dataset = TensorDataset(whole.images[:1000].float(), numbers)
+    plain = ImageBatches(whole.images[:1000], numbers, 50, mean=(0.0,), std=(1.0,), shuffle=0)
+    seeded = DataLoader(dataset, 50, shuffle=True, generator=torch.Generator().manual_seed(0))
+    for batches in (plain, seeded, list(DataLoader(dataset, 50))):
+        part, rest = divide(batches, 0.7, seed=3)
+        both = join(part, rest)
+        seen = [y for _, y in both]
+        assert sorted(torch.cat(seen).tolist()) == numbers.tolist() and {len(y) for y in seen} == {50}
+    first = [y for _, y in join(plain, plain.part(torch.arange(0)))]  # its next epoch is the loader's own
+    second = [y for _, y in plain]
+    assert not torch.equal(torch.cat(first), torch.cat(second))
+    with pytest.raises(AjpqError, match="ImageBatches and list; pass two of a kind"):
+        join(plain, [1])
+    held = DataLoader(dataset, 8, sampler=SubsetRandomSampler(range(40)))
+    with pytest.raises(AjpqError, match="joined in a DataLoader that yields its whole dataset"):
+        join(seeded, held)
 
 
 def test_augmentation_is_a_shift_with_black_borders_and_a_flip():

@@ -11,7 +11,7 @@ from PIL import Image
 from test_data import all_of
 
 from ajpq.box_data import BoxBatches, coco, dac_sdc
-from ajpq.data import divide
+from ajpq.data import divide, join
 from ajpq.detection import Detection
 from ajpq.errors import AjpqError
 from ajpq.pictures import Pictures
@@ -209,6 +209,9 @@ def test_frames_are_split_by_blocks(frames):
     assert [len(part) for part in numbers.values()] == [24, 8, 8]
     part, rest = divide(data.train, 0.75, seed=0)
     assert len(part.images) == 18 and len(rest.images) == 6
+    both = join(data.train, data.search)
+    assert {*both.images.tolist()} == {*data.train.images.tolist(), *data.search.images.tolist()}
+    assert sum(len(boxes) for _, boxes in both) == 32
 
 
 def test_coco_json_is_read(tmp_path):

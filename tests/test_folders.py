@@ -17,7 +17,7 @@ from hydra.utils import instantiate
 from PIL import Image
 from test_data import all_of
 
-from ajpq.data import divide
+from ajpq.data import divide, join
 from ajpq.errors import AjpqError
 from ajpq.image_folder import IMAGENETTE, imagefolder, imagenette
 from ajpq.pictures import Cache, PictureBatches, Pictures
@@ -136,6 +136,9 @@ def test_training_images_can_be_divided(root):
     again = divide(data.train, 0.8, seed=0)[0]
     assert torch.equal(all_of(part)[0], all_of(again)[0])
     assert len(all_of(rest)[1]) == 16  # whole batches of 8
+    both = join(data.train, data.search)
+    assert {*both.images.tolist()} == {*data.train.images.tolist(), *data.search.images.tolist()}
+    assert all_of(both)[0].shape[2:] == all_of(data.train)[0].shape[2:]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

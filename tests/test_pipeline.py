@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import hydra
@@ -17,12 +18,14 @@ from hydra.errors import HydraException
 
 import ajpq
 from ajpq import pipeline
+from ajpq.console import Screen
 from ajpq.cost import Size, total
 from ajpq.data import digits
 from ajpq.errors import AjpqError
 from ajpq.explain import CONF, explain
 from ajpq.models import digits_cnn
 from ajpq.policy import CompressionPolicy
+from ajpq.preparing import prepare
 from ajpq.shipping import load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -163,6 +166,31 @@ def test_a_policy_of_one_run_is_fine_tuned_by_another(job, tmp_path):
     assert found["policy"] == report["policy"] and found["metrics"]["searched"] == report["metrics"]["searched"]
 
 
+class Read(list):
+    """Batches that know whether they were read."""
+
+    read = False
+
+    def __iter__(self):
+        self.read = True
+        return super().__iter__()
+
+
+def test_a_found_network_learns_from_the_splits_that_it_is_told_to(tmp_path):
+    told = ["train.epochs=0", "finetune.epochs=1", "reconstruct_images=0", "norm_images=0"]
+    outputs = {}
+    for splits in ("[train]", "[train,search]"):
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            job = prepare(hydra.compose("config", [*told, f"finetune.splits={splits}"]), tmp_path, Screen())
+        policy = CompressionPolicy.homogeneous(job.network, 8, 8)
+        parts = {name: Read(getattr(job.data, name)) for name in ("train", "search", "test", "calibration")}
+        final = job.tuned(job.student(policy), policy, replace(job.data, **parts))
+        assert (parts["train"].read, parts["search"].read) == (True, "search" in splits)
+        assert not parts["test"].read and not parts["calibration"].read
+        outputs[splits] = final(parts["calibration"][0][0])
+    assert not torch.equal(*outputs.values())
+
+
 @pytest.mark.parametrize(
     "overrides, words",
     [
@@ -184,6 +212,8 @@ def test_a_policy_of_one_run_is_fine_tuned_by_another(job, tmp_path):
         (["train.epochs=-1"], ["epochs"]),
         (["finetune.lr=0"], ["lr"]),
         (["finetune.epochs=many"], ["epochs", "'many'"]),
+        (["finetune.splits=[search]"], ["finetune.splits", "['search']", "[train,search]"]),
+        (["finetune.splits=[train,test]"], ["finetune.splits", "'test'"]),
         (["threads=-1"], ["threads >= 1", "-1"]),
         (["seed=abc"], ["seed >= 0", "'abc'"]),
         (["search_images=0"], ["search_images >= 1"]),
