@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import onnx
 import torch
 from torch import nn
 
@@ -41,11 +42,19 @@ class Device:
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A network to be timed. onnx: for runtimes of ONNX files; module: for torch."""
+    """A network to be timed. onnx: of any batch, for runtimes of ONNX files; module: for torch."""
 
     images: np.ndarray  # (batch, ...), of the type that the network reads
     onnx: bytes | None = None
     module: nn.Module | None = None
+
+    def of_one_shape(self) -> bytes:
+        """`onnx` for batches of just this size, as one would deploy it: runtimes then plan shapes once, not per run."""
+        model = onnx.load_model_from_string(self.onnx)
+        for dim, size in zip(model.graph.input[0].type.tensor_type.shape.dim, self.images.shape, strict=True):
+            dim.dim_value = size
+        del model.graph.value_info[:]
+        return model.SerializeToString()
 
 
 class Runner(Protocol):
@@ -74,7 +83,7 @@ class OnnxRuntime:
         options.intra_op_num_threads, options.inter_op_num_threads = self.device.threads, 1
         options.log_severity_level = 3
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        session = onnxruntime.InferenceSession(subject.onnx, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(subject.of_one_shape(), options, providers=["CPUExecutionProvider"])
         feed = {session.get_inputs()[0].name: subject.images}
         return lambda: session.run(None, feed)
 
@@ -94,9 +103,12 @@ class OpenVINO:
             self.options["INFERENCE_PRECISION_HINT"] = precision
 
     def start(self, subject: Subject) -> Run:
-        model = self.core.read_model(subject.onnx, b"")
+        import openvino
+
+        model = self.core.read_model(subject.of_one_shape(), b"")
         request = self.core.compile_model(model, "CPU", self.options).create_infer_request()
-        return lambda: request.infer([subject.images], share_inputs=True)
+        request.set_input_tensor(openvino.Tensor(subject.images, shared_memory=True))
+        return request.infer
 
 
 class TorchCUDA:

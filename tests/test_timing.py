@@ -86,6 +86,20 @@ def test_runner_times_a_network(name: str) -> None:
     assert device.device.processor and device.device.version and device.device.threads == 1
 
 
+def test_a_network_is_timed_with_its_shapes_fixed() -> None:
+    images = images_of("digits_cnn", 3)
+    model = onnx.load_model_from_string(
+        Subject(images.numpy(), float_onnx(model_of("digits_cnn"), images)).of_one_shape()
+    )
+    onnx.checker.check_model(model, full_check=True)
+    assert [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim] == [3, 1, 8, 8]
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        expected = model_of("digits_cnn")(images)
+    found = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
 # -- models of one layer ----------------------------------------------------------------------------------------------
 
 
