@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ajpq.blocks import blocks_of
 from ajpq.network import Network
@@ -16,16 +17,19 @@ from ajpq.policy import CompressionPolicy
 def survivors(network: Network, policy: CompressionPolicy) -> dict[str, Tensor]:
     """Layers whose inputs are worth comparing -> the channels of their inputs that survive, int64 (n,).
 
-    Our choice: the input of the last layer, and every block's output, as the layer after the block reads it. Blocks are
-    those of `blocks.blocks_of` that have several layers, so a plain chain has its last layer alone. Layers that are
-    skipped read nothing.
+    Our choice: every set of channels but the image's as the first layer that reads it sees it (so of a depthwise layer
+    the input, not the output), every block's output, as the layer after the block reads it, and the input of the last
+    layer. Blocks are those of `blocks.blocks_of` that have several layers. Layers that are skipped read nothing.
     """
     alive, skipped = policy.alive(network), policy.skipped(network)
+    layers = [layer for layer in network.layers if layer.name not in skipped.layers]
+    first = {layer.reads.tobytes(): layer.name for layer in reversed(layers)}
+    first.pop(layers[0].reads.tobytes())
     there = [[name for name in block if name not in skipped.layers] for block in blocks_of(network)]
     blocks = [block for block in there if block]
     after = [block[0] for before, block in zip(blocks, blocks[1:], strict=False) if len(before) > 1]
-    last = [layer.name for layer in network.layers if layer.name not in skipped.layers][-1]
-    names = dict.fromkeys([*after, last])
+    chosen = {*first.values(), *after, layers[-1].name}
+    names = [layer.name for layer in layers if layer.name in chosen]
     return {name: torch.from_numpy(np.flatnonzero(alive[network[name].reads])) for name in names}
 
 
@@ -57,9 +61,10 @@ class Features:
         0 where they agree, `weight` for a student of zeros. ()"""
         found = []
         for name, kept in self.kept.items():
-            s, t = self._seen["student", name].float(), self._seen["teacher", name].float()  # (N, n, ...), (N, C, ...)
-            t = t.index_select(1, kept.to(t.device))
-            found.append((s - t).square().mean() / t.square().mean().clamp(min=torch.finfo(t.dtype).tiny))
+            s, t = self._seen["student", name].float(), self._seen["teacher", name]  # (N, n, ...), (N, C, ...)
+            t = t.index_select(1, kept.to(t.device)).float()
+            size = torch.linalg.vector_norm(t).square() / t.numel()
+            found.append(F.mse_loss(s, t) / size.clamp(min=torch.finfo(t.dtype).tiny))
         return self.weight * torch.stack(found).mean()
 
     def _hook(self, key: tuple[str, str]):

@@ -17,12 +17,15 @@ from ajpq.features import Features, survivors
 from ajpq.finetuning import finetune
 from ajpq.layers import ActQuant, Geometry, QuantLayer
 from ajpq.lowering import Lowering
+from ajpq.models import resnet20, skynet
 from ajpq.onnx_export import to_onnx
 from ajpq.outputs import quantize_outputs
 from ajpq.pact import PactQuant, use_pact
 from ajpq.padding import pad
+from ajpq.policy import CompressionPolicy
 from ajpq.recipe import check_settings
 from ajpq.shipping import load, ship
+from ajpq.tracing import trace
 from ajpq.training import fit, recalibrate
 
 NETWORK = network_of("digits_cnn")
@@ -141,6 +144,19 @@ def test_survivors_are_the_channels_that_the_student_reads():
     alive = POLICY.alive(NETWORK)
     for name, channels in kept.items():
         assert net.get_submodule(name).weight.shape[1] == len(channels) == alive[NETWORK[name].reads].sum()
+
+
+def test_a_chain_is_compared_once_per_set_of_channels_and_a_block_at_its_end():
+    chain = trace(skynet().eval(), torch.zeros(1, 3, 32, 64))
+    names = [layer.name for layer in chain.layers]
+    told = list(survivors(chain, CompressionPolicy.homogeneous(chain)))
+    # what depthwise layers read, but the picture and what they make
+    assert told == [name for name in names[2::2] if chain[name].kind == "depthwise"] + names[-1:]
+    blocks = trace(resnet20().eval(), torch.zeros(1, 3, 32, 32))
+    told = survivors(blocks, CompressionPolicy.homogeneous(blocks))
+    assert {f"layer{i}.{j}.conv1" for i in (1, 2, 3) for j in range(3)} <= set(told)  # what a block makes
+    assert {f"layer{i}.{j}.conv2" for i in (1, 2, 3) for j in range(3)} <= set(told)  # what is inside
+    assert "conv1" not in told and not any("shortcut" in name for name in told)
 
 
 def test_feature_loss_in_closed_form():
