@@ -13,6 +13,7 @@ from ajpq.onnx_floats import keep_floats
 from ajpq.onnx_fours import fill_fours
 from ajpq.onnx_graph import integer_graph
 from ajpq.onnx_pads import fold_pads
+from ajpq.onnx_stems import fold_stems
 
 FILE = "model.onnx"
 OPSET = 18
@@ -30,6 +31,7 @@ def to_onnx(network: fx.GraphModule, images: Tensor) -> bytes:
     model = _exported(integer_graph(network, images), images, None)
     fill_fours(model)
     keep_floats(model)
+    fold_stems(model)
     return model.SerializeToString(deterministic=True)
 
 
