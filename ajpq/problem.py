@@ -282,9 +282,11 @@ class Problem:
         """The best policy within budget so far. Raises AjpqError if there is none."""
         best = self.best
         if best is None:
+            within = sum(e.score.within and e.score.whole for e in self.history)
+            why = f" that and had a finite reward ({within} within); mend the reward, or look at the network's outputs"
             raise AjpqError(
-                f"a search must score at least one policy within budget, but none of {self.evaluations} was; "
-                "draw policies from problem.draft()"
+                f"a search must score at least one policy within budget, but none of {self.evaluations} was"
+                f"{why if within else '; draw policies from problem.draft()'}"
             )
         return SearchResult(best.policy, best.score, self.evaluations, tuple(self.history))
 

@@ -1,6 +1,7 @@
 """The problem: scores are remembered and recorded in order; users bring their own costs and evaluators."""
 
 import functools
+import math
 
 import numpy as np
 import pytest
@@ -92,6 +93,13 @@ def test_the_best_is_within_budget():
         problem.result()
     within = problem.score(drawn(problem, 0))
     assert within.within and within.ratios["size"] <= 0.1 and problem.result().score is within
+
+
+def test_policies_within_budget_without_a_reward_are_told_from_policies_outside():
+    problem = problem_of(reward=lambda measured, ratios: math.nan)
+    problem.score(drawn(problem, 0))
+    with pytest.raises(AjpqError, match=r"none of 1 was that and had a finite reward \(1 within\); mend the reward"):
+        problem.result()
 
 
 def test_scores_tell_costs_in_units_and_ratios():
