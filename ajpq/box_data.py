@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 
 from ajpq.data import Data
 from ajpq.epochs import batches_in, begun, restarted, seeded
-from ajpq.errors import AjpqError, check_counts
+from ajpq.errors import AjpqError, check_alike, check_counts
 from ajpq.pictures import Pictures
 
 Labelled = dict[Path, list[tuple[float, float, float, float]]]  # image -> corners x1, y1, x2, y2 in pixels
@@ -67,7 +67,9 @@ class BoxBatches:
         return twin
 
     def joined(self, other: BoxBatches) -> BoxBatches:
-        """The same over the images of both, which are of the same pictures; its epochs are this one's next."""
+        """The same over the images of both; its epochs are this one's next. Raises AjpqError if these are numbers of
+        other pictures."""
+        check_alike(self.pictures is other.pictures, "of one set of pictures")
         twin = copy.copy(self)
         twin.images = torch.cat([self.images, other.images])
         return twin

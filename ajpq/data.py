@@ -20,7 +20,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, RandomSampler, 
 
 from ajpq.cifar_files import CIFAR10, CIFAR100, Kind, Source, fetch, open_cifar
 from ajpq.epochs import batches_in, begun, restarted, seeded
-from ajpq.errors import AjpqError
+from ajpq.errors import AjpqError, check_alike
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # images (N, C, H, W) float32, labels (N,) int64
 
@@ -51,8 +51,6 @@ def divide(batches: Batches, share: float, seed: int) -> tuple[Batches, Batches]
             f"training images can be divided in ImageBatches, a DataLoader or a list of batches, but these are "
             f"{type(batches).__name__}; pass one of those"
         )
-    if isinstance(batches, DataLoader) and not isinstance(batches.dataset, Sized):
-        raise AjpqError("training images can be divided where their number is known, but this dataset is a stream")
     if isinstance(batches, DataLoader):
         _check_order(batches, "divided")
     whole = batches.images if in_memory else batches.dataset if by_image else batches
@@ -68,7 +66,10 @@ def divide(batches: Batches, share: float, seed: int) -> tuple[Batches, Batches]
 
 def _check_order(loader: DataLoader, what: str) -> None:
     """Whether it yields all of its dataset: a sampler may leave out what is to be held out."""
+    if not isinstance(loader.dataset, Sized):
+        raise AjpqError(f"images can be {what} where their number is known, but this dataset is a stream")
     plain = type(loader.sampler) in (RandomSampler, SequentialSampler)
+    plain = plain and not getattr(loader.sampler, "replacement", False)
     if not plain or loader.batch_size is None or len(loader.sampler) != len(loader.dataset):
         raise AjpqError(
             f"images can be {what} in a DataLoader that yields its whole dataset in batches, but this one has "
@@ -89,6 +90,8 @@ def _like(loader: DataLoader, dataset: Dataset, generator: torch.Generator | Non
     return DataLoader(
         dataset, loader.batch_size, shuffle=isinstance(loader.sampler, RandomSampler), num_workers=loader.num_workers,
         collate_fn=loader.collate_fn, pin_memory=loader.pin_memory, drop_last=loader.drop_last, generator=generator,
+        timeout=loader.timeout, worker_init_fn=loader.worker_init_fn, prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers, multiprocessing_context=loader.multiprocessing_context,
     )  # fmt: skip
 
 
@@ -103,7 +106,8 @@ def join(batches: Batches, others: Batches) -> Batches:
     if isinstance(batches, DataLoader) and isinstance(others, DataLoader):
         for loader in (batches, others):
             _check_order(loader, "joined")
-        return _like(batches, ConcatDataset([batches.dataset, others.dataset]), batches.generator)
+        orders = batches.generator or getattr(batches.sampler, "generator", None)
+        return _like(batches, ConcatDataset([batches.dataset, others.dataset]), orders)
     if isinstance(batches, Sequence) and isinstance(others, Sequence):
         return [*batches, *others]
     raise AjpqError(
@@ -157,7 +161,10 @@ class ImageBatches:
         return twin
 
     def joined(self, other: ImageBatches) -> ImageBatches:
-        """The same over the images of both; its epochs are this one's next."""
+        """The same over the images of both; its epochs are this one's next. Raises AjpqError if these are normalised
+        otherwise."""
+        same = torch.equal(self._mean, other._mean) and torch.equal(self._std, other._std)
+        check_alike(same, "normalised alike")
         twin = copy.copy(self)
         twin.images, twin.labels = (
             torch.cat(pair) for pair in ((self.images, other.images), (self.labels, other.labels))

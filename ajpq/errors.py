@@ -17,3 +17,12 @@ def check_counts(least: int, **counts: int | None) -> None:
     for name, value in counts.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < least):
             raise AjpqError(f"`{name} >= {least}` must hold for a whole number, but {name}={value!r}; give another")
+
+
+def check_alike(alike: bool, how: str) -> None:
+    """Raises AjpqError where images of two loaders cannot be those of one."""
+    if not alike:
+        raise AjpqError(
+            f"images of two splits can be joined where they are {how}, but these are not; make both of one data set, "
+            "or learn from one of them"
+        )

@@ -58,13 +58,14 @@ class Features:
 
     def loss(self) -> Tensor:
         """weight * the mean over layers of ``mean (s - t)^2 / mean t^2``, for the last batch that both networks saw:
-        0 where they agree, `weight` for a student of zeros. ()"""
+        0 where they agree, `weight` for a student of zeros. Layers whose teacher reads zeros only count as 0. ()"""
         found = []
         for name, kept in self.kept.items():
             s, t = self._seen["student", name].float(), self._seen["teacher", name]  # (N, n, ...), (N, C, ...)
-            t = t.index_select(1, kept.to(t.device)).float()
+            channels = -1 if isinstance(self.teacher.get_submodule(name), nn.Linear) else 1
+            t = t.index_select(channels, kept.to(t.device)).float()
             size = torch.linalg.vector_norm(t).square() / t.numel()
-            found.append(F.mse_loss(s, t) / size.clamp(min=torch.finfo(t.dtype).tiny))
+            found.append(F.mse_loss(s, t) / torch.where(size > 0, size, torch.inf))
         return self.weight * torch.stack(found).mean()
 
     def _hook(self, key: tuple[str, str]):

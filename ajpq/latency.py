@@ -48,7 +48,7 @@ from ajpq.padding import check_multiple, padded
 from ajpq.quantize import FLOAT
 from ajpq.timing import Device, runner
 
-VERSION = 2
+VERSION = 3  # of how points are measured: since 3 with their shapes fixed
 INT8 = 8  # bits that an int8 layer has at most
 BLOCK = 16  # channels that processors with AVX-512 compute together
 EMPTY, WHOLE = "empty", {name: f"whole {name}" for name in PRECISIONS}  # keys of times beside those of points
@@ -125,7 +125,8 @@ class LatencyTable:
     def head(self) -> dict[str, Any]:
         """What a table is for, as JSON gives it back."""
         layers = [[layer.name, layer.facts] for layer in self.layers]
-        facts = {"device": asdict(self.device), "batch": self.batch, "image": self.image, "layers": layers}
+        facts = {"version": VERSION, "device": asdict(self.device), "batch": self.batch, "image": self.image}
+        facts["layers"] = layers
         return json.loads(json.dumps(facts))
 
     def write(self, path: Path) -> None:

@@ -3,7 +3,8 @@
 A runtime pays for every pixel of the first layers whatever they compute there: its vectors hold 16 channels or more, an
 image has three. So a convolution that makes few channels, the 1x1 convolutions behind it and a 2x2 max-pooling are
 written for blocks of 2 x 4 pixels: the first has a larger kernel and a stride, the others the same weights once per
-pixel of a block, and the pooling is over four groups of channels. The numbers are the same (docs/onnx.md).
+pixel of a block, and the pooling is over four groups of channels. Sums of integers stay equal to the bit; float
+layers may add up in another order (docs/onnx.md).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 from ajpq.onnx_nodes import Nodes
 
 FEW = 4  # channels: so many in a block of 8 pixels are what an int8 kernel multiplies at once
+MOST = 128  # kernels: with more the 1x1 convolution's own work, eight times what it was, is what takes long
 PAIRS = (2, 1)  # pairs of columns in a block: the first that divides the width
 POINTWISE = frozenset(("QuantizeLinear", "DequantizeLinear", "Clip", "Relu"))
 
@@ -99,7 +101,8 @@ def _few(graph: Nodes, conv: NodeProto, told: dict) -> bool:
     """Whether a convolution keeps the grid of pixels, reads few channels and has constant weights, float or int8
     around zero."""
     weight = _codes(graph, conv)
-    if weight is None or weight.ndim != 4 or weight.shape[1] > FEW or told.get("group", 1) != 1:
+    few = weight is not None and weight.ndim == 4 and weight.shape[1] <= FEW and weight.shape[0] <= MOST
+    if not few or told.get("group", 1) != 1:
         return False
     plain = all(n == 1 for key in ("strides", "dilations") for n in told.get(key, ()))
     if told.get("auto_pad", b"NOTSET") != b"NOTSET" or not plain:

@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from ajpq.epochs import batches_in, begun, restarted, seeded
-from ajpq.errors import AjpqError
+from ajpq.errors import AjpqError, check_alike
 
 UNREADABLE = 0.01  # of the images, at most
 
@@ -84,6 +84,10 @@ class Pictures:
         self.unreadable: set[int] = set()
         self._told = 0
         self._cache = Cache(len(paths), cache_bytes)
+
+    def __deepcopy__(self, memo: dict) -> Pictures:
+        """Itself: copies of a loader read the same files and share what is in memory."""
+        return self
 
     def size(self, number: int) -> tuple[int, int] | None:
         """Width and height in the file, pixels, or None if its header cannot be read; no pixel is decoded."""
@@ -173,7 +177,9 @@ class PictureBatches:
         return twin
 
     def joined(self, other: PictureBatches) -> PictureBatches:
-        """The same over the images of both, which are of the same pictures; its epochs are this one's next."""
+        """The same over the images of both; its epochs are this one's next. Raises AjpqError if these are numbers of
+        other pictures."""
+        check_alike(self.pictures is other.pictures, "of one set of pictures")
         twin = copy.copy(self)
         twin.images = torch.cat([self.images, other.images])
         return twin

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ajpq.checkpoint import load_weights, save_weights
 from ajpq.compression import compress
 from ajpq.console import Advance, Screen
 from ajpq.correction import Correction, advice, check_correction
-from ajpq.data import Data, join, take
+from ajpq.data import Batches, Data, join, take
 from ajpq.epochs import skip
 from ajpq.errors import AjpqError, check_counts
 from ajpq.features import survivors
@@ -37,6 +37,7 @@ from ajpq.tracing import trace
 from ajpq.training import check_settings, count_of, fit
 
 PARTS = ("task", "data", "model", "choices", "costs", "importance", "reward", "evaluator")
+TRAIN = ["train"]  # splits that a found network learns from, unless it is told otherwise
 TRAINED, SHARED = "original.safetensors", "shared.safetensors"
 
 
@@ -71,11 +72,11 @@ class Prepared:
         keywords of `ajpq.finetuning.finetune` among them; it learns from the original if `distillation` is set.
         options: more of these keywords."""
         settings = dict(self.finetune)
-        teacher, splits = self.model if settings.pop("distillation") else None, settings.pop("splits", ["train"])
-        came_from = {"reconstruct_images": self.reconstruct_images, "splits": splits}
+        teacher, splits = self.model if settings.pop("distillation") else None, settings.pop("splits", TRAIN)
         return finetune(
-            student, functools.reduce(join, [getattr(data, split) for split in splits]), teacher=teacher,
-            task=self.problem.task, kept=survivors(self.network, policy), also=came_from, **settings, **options,
+            student, _images_of(data, splits), teacher=teacher, task=self.problem.task,
+            kept=survivors(self.network, policy),
+            also={"reconstruct_images": self.reconstruct_images, "splits": splits}, **settings, **options,
         )  # fmt: skip
 
 
@@ -97,13 +98,15 @@ def prepare(cfg: DictConfig, folder: Path, screen: Screen) -> Prepared:
     for name in names:
         if name != "weights":
             check_settings(**recipes[name])
-    _check_splits(recipes["finetune"].get("splits", ["train"]))
+    splits = recipes["finetune"].get("splits", TRAIN)
+    _check_splits(splits)
     check = getattr(getattr(parts["evaluator"], "func", None), "check", None)
     if check is not None:
         check(**parts["evaluator"].keywords)
     check_risk(getattr(parts["evaluator"], "keywords", {}).get("risk", 0), parts["reward"])
     check_correction(cfg.correction)
     limits, data = limits_of(cfg.budget), parts["data"]
+    _images_of(data, splits)  # whether they can be joined
     start = recipes.get("train", {}).pop("start", None)
     if weights := cfg.checkpoint or (None if (folder / TRAINED).is_file() else start):
         load_weights(parts["model"], weights)
@@ -150,9 +153,13 @@ def prepare(cfg: DictConfig, folder: Path, screen: Screen) -> Prepared:
     )  # fmt: skip
 
 
+def _images_of(data: Data, splits: Sequence[str]) -> Batches:
+    return functools.reduce(join, [getattr(data, split) for split in splits])
+
+
 def _check_splits(splits: Any) -> None:
     """The test split is read once, at the end, and training images are always learned from."""
-    if splits not in (["train"], ["train", "search"]):
+    if splits not in (TRAIN, [*TRAIN, "search"]):
         raise AjpqError(
             "a found network is fine-tuned on the training images, or on those of the search, too, once it is over, "
             f"but finetune.splits is {splits!r}; write finetune.splits=[train] or finetune.splits=[train,search]"

@@ -107,8 +107,9 @@ class OpenVINO:
 
         model = self.core.read_model(subject.of_one_shape(), b"")
         request = self.core.compile_model(model, "CPU", self.options).create_infer_request()
-        request.set_input_tensor(openvino.Tensor(subject.images, shared_memory=True))
-        return request.infer
+        tensor = openvino.Tensor(np.ascontiguousarray(subject.images), shared_memory=True)
+        request.set_input_tensor(tensor)
+        return lambda held=tensor: request.infer()  # the request does not keep the tensor's memory alive
 
 
 class TorchCUDA:

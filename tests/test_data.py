@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, SubsetRandomSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+)
 
 from ajpq.cifar_files import CIFAR10_CLASSES
 from ajpq.data import ImageBatches, cifar10, cifar100, digits, divide, join, stratified_order
@@ -155,6 +163,11 @@ def test_what_cannot_be_divided_is_named():
         divide([1], 0.8, 0)
 
 
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter([(torch.zeros(1), 0)])
+
+
 def test_joined_loaders_have_the_images_of_both_in_the_first_ones_order():
     whole, numbers = digits().train, torch.arange(1000)
     dataset = TensorDataset(whole.images[:1000].float(), numbers)
@@ -170,6 +183,15 @@ def test_joined_loaders_have_the_images_of_both_in_the_first_ones_order():
     assert not torch.equal(torch.cat(first), torch.cat(second))
     with pytest.raises(AjpqError, match="ImageBatches and list; pass two of a kind"):
         join(plain, [1])
+    other = ImageBatches(whole.images, torch.arange(len(whole.images)), 50, mean=(0.5,), std=(1.0,))
+    with pytest.raises(AjpqError, match="normalised alike"):
+        join(plain, other)
+    drawn = DataLoader(dataset, 50, sampler=RandomSampler(dataset, generator=torch.Generator().manual_seed(1)))
+    again = DataLoader(dataset, 50, sampler=RandomSampler(dataset, generator=torch.Generator().manual_seed(1)))
+    one, two = (torch.cat([y for _, y in join(loader, seeded)]) for loader in (drawn, again))
+    assert torch.equal(one, two)
+    with pytest.raises(AjpqError, match="joined where their number is known"):
+        join(DataLoader(Stream(), 8), seeded)
     held = DataLoader(dataset, 8, sampler=SubsetRandomSampler(range(40)))
     with pytest.raises(AjpqError, match="joined in a DataLoader that yields its whole dataset"):
         join(seeded, held)

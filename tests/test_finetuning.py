@@ -186,6 +186,45 @@ def distance(net, teacher, kept):
     return sum(found) / len(found)
 
 
+class ChannelsLast(nn.Module):
+    """Linear layers over (N, H, W, C) between convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.p, self.q = nn.Conv2d(1, 8, 3), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.b, self.c = nn.Conv2d(8, 6, 3), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.a(x)).permute(0, 2, 3, 1)
+        x = self.q(torch.relu(self.p(x))).permute(0, 3, 1, 2)
+        return self.c(torch.relu(self.b(x)).mean((2, 3)))
+
+
+def test_features_of_linear_layers_are_compared_by_their_channels():
+    torch.manual_seed(0)
+    net, x = ChannelsLast().eval(), torch.randn(8, 1, 9, 9)
+    network = trace(net, x)
+    policy = random_policy(network, 0, sparsity=0.5)
+    kept = survivors(network, policy)
+    assert {"p", "q"} <= set(kept)
+    small = compress(network, policy, calibrate(network, [(x, None)]))
+    with Features(small, net, kept, 1.0) as features:
+        small(x), net(x)
+        assert 0 < features.loss().item() < 10
+
+
+def test_features_that_the_original_never_has_do_not_end_the_training():
+    torch.manual_seed(0)
+    dead = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    dead[0].bias.data.fill_(-100.0)
+    small = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    with Features(small, dead, {"2": torch.arange(4)}, weight=1.0) as features:
+        small(torch.ones(5, 3)), dead(torch.ones(5, 3))
+        loss = features.loss()
+        loss.backward()
+    assert loss.item() == 0 and all((p.grad is None) or (p.grad == 0).all() for p in small.parameters())
+
+
 def test_distilled_features_come_closer():
     teacher, kept, found = model_of("digits_cnn"), survivors(NETWORK, POLICY), {}
     for weight in (0.0, 5.0):

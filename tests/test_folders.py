@@ -1,5 +1,6 @@
 """Image folders: labels, splits, transforms, determinism, the cache, and images that cannot be read."""
 
+import copy
 import inspect
 import json
 import random
@@ -139,6 +140,16 @@ def test_training_images_can_be_divided(root):
     both = join(data.train, data.search)
     assert {*both.images.tolist()} == {*data.train.images.tolist(), *data.search.images.tolist()}
     assert all_of(both)[0].shape[2:] == all_of(data.train)[0].shape[2:]
+    with pytest.raises(AjpqError, match="of one set of pictures"):
+        join(data.train, imagefolder(root, **SMALL).search)
+
+
+def test_a_copy_of_a_loader_goes_on_by_itself_and_shares_the_pictures(root):
+    train = imagefolder(root, **SMALL).train
+    twin = copy.deepcopy(train)
+    assert twin.pictures is train.pictures
+    first = all_of(twin)[0]
+    assert torch.equal(first, all_of(train)[0]) and not torch.equal(first, all_of(twin)[0])
 
 
 @pytest.mark.parametrize("workers", [0, 2])

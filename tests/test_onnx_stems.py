@@ -100,6 +100,7 @@ def test_skynet_computes_blocks(monkeypatch) -> None:
         (lambda: Stem(nn.Conv2d(3, 4, 3, stride=2), 16, nn.MaxPool2d(2)), (32, 32)),
         (lambda: Stem(nn.Conv2d(3, 4, 3, dilation=2), 16, nn.MaxPool2d(2)), (16, 24)),
         (lambda: Stem(nn.Conv2d(3, 8, 3, padding=1), 16, nn.MaxPool2d(2)), (16, 24)),  # many channels already
+        (lambda: Stem(depthwise(), 160, nn.MaxPool2d(2)), (16, 24)),  # many kernels: their work counts
         (models.resnet20, (32, 32)),
     ],
 )

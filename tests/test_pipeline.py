@@ -191,6 +191,16 @@ def test_a_found_network_learns_from_the_splits_that_it_is_told_to(tmp_path):
     assert not torch.equal(*outputs.values())
 
 
+def test_splits_that_cannot_be_joined_are_told_before_the_search(tmp_path):
+    (tmp_path / "mixed_data.py").write_text(
+        "from dataclasses import replace\nfrom ajpq.data import digits\n"
+        "def load(seed):\n    data = digits(seed)\n    return replace(data, search=list(data.search))\n"
+    )
+    status, _, err = command(tmp_path, "data._target_=mixed_data.load", "finetune.splits=[train,search]")
+    assert status == 2 and "ImageBatches and list; pass two of a kind" in err and "Traceback" not in err
+    assert not list(tmp_path.rglob("evaluations.jsonl")) and not list(tmp_path.rglob("original.safetensors"))
+
+
 @pytest.mark.parametrize(
     "overrides, words",
     [

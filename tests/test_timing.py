@@ -100,6 +100,18 @@ def test_a_network_is_timed_with_its_shapes_fixed() -> None:
     assert torch.allclose(found, expected, atol=1e-4)
 
 
+def test_images_in_any_order_of_memory_are_timed() -> None:
+    images = images_of("digits_cnn", 3)
+    swapped = np.ascontiguousarray(images.numpy().transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+    model = float_onnx(model_of("digits_cnn"), images)
+    for name in ("onnxruntime", "openvino"):
+        try:
+            run = runner(name).start(Subject(swapped, model))
+        except AjpqError:
+            continue
+        assert interleaved({"net": run}, rounds=5)["net"].median > 0
+
+
 # -- models of one layer ----------------------------------------------------------------------------------------------
 
 
