@@ -228,6 +228,7 @@ class Mean(nn.Module):
         return x.mean((2, 3))
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs that a shell starts in the background ignore it
     net = trace(nn.Sequential(nn.Conv2d(1, 4, 3), Mean(), nn.Linear(4, 2)), torch.randn(2, 1, 6, 6))
     batches = [(torch.randn(7, 1, 6, 6), torch.arange(7) % 2)]
     setting = Setting(net, calibrate(net, batches), [], batches)
@@ -240,7 +241,7 @@ if __name__ == "__main__":
     print([m.images for _, m in evaluator([policy] * 2)])
     obeyed = threading.Event()
 
-    def press():  # again, as people do: Ray itself may swallow one on a busy machine
+    def press():  # again, as people do
         while not obeyed.wait(0.3 if time.monotonic() - start < 0.2 else 3):
             os.kill(os.getpid(), signal.SIGINT)
 
