@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
-from ajpq.onnx_nodes import Nodes
+from ajpq.onnx_nodes import Nodes, settings
 
 WEIGHTED = frozenset(("Conv", "ConvTranspose", "Gemm"))
 
@@ -40,7 +40,6 @@ def keep_floats(model: ModelProto) -> None:
 
 
 def _in_floats(graph: Nodes, node: NodeProto) -> bool:
-    settings = {a.name: a.i for a in node.attribute}
     if node.op_type == "AveragePool":
-        return bool(settings.get("ceil_mode"))
+        return bool(settings(node).get("ceil_mode"))
     return node.op_type in WEIGHTED and node.input[1] in graph.known

@@ -11,7 +11,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ajpq.onnx_layers import NARROW
-from ajpq.onnx_nodes import Nodes
+from ajpq.onnx_nodes import Nodes, settings
 
 FOUR = 4
 
@@ -26,7 +26,7 @@ def fill_fours(model: ModelProto) -> None:
     graph = Nodes(model.graph)
     for number, conv in enumerate([node for node in graph.proto.node if node.op_type == "Conv"]):
         weight = graph.made.get(conv.input[1])
-        if _number(conv, "group", 1) > 1 or weight is None or weight.op_type != "DequantizeLinear":
+        if settings(conv).get("group", 1) > 1 or weight is None or weight.op_type != "DequantizeLinear":
             continue
         codes = graph.known[weight.input[0]]
         more = -codes.dims[1] % FOUR
@@ -71,7 +71,7 @@ def _narrow(graph: Nodes, node: NodeProto) -> bool:
     tensors = [name for name in node.input[1:] if name]
     kernels, of_one = graph.known[node.input[1]].dims[:2]
     alone = all(name in graph.known and graph.readers(name) == [node] for name in tensors)
-    return alone and _number(node, "group", 1) == kernels < NARROW and of_one == 1
+    return alone and settings(node).get("group", 1) == kernels < NARROW and of_one == 1
 
 
 def _make_dense(graph: Nodes, node: NodeProto, more: int) -> None:
@@ -99,7 +99,3 @@ def _grow(tensor: TensorProto, more: int, axis: int) -> None:
     values = numpy_helper.to_array(tensor)
     room = [(0, more if i == axis else 0) for i in range(values.ndim)]
     tensor.CopyFrom(numpy_helper.from_array(np.pad(values, room), tensor.name))
-
-
-def _number(node: NodeProto, name: str, default: int) -> int:
-    return next((a.i for a in node.attribute if a.name == name), default)

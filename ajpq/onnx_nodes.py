@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-from onnx import GraphProto, NodeProto, TensorProto, numpy_helper
+from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
 
 class Nodes:
@@ -27,3 +29,15 @@ class Nodes:
     def values(self, name: str) -> np.ndarray | None:
         """Of a constant; None for what is computed."""
         return numpy_helper.to_array(self.known[name]) if name in self.known else None
+
+
+def settings(node: NodeProto) -> dict[str, Any]:
+    """Attributes of a node by name."""
+    return {a.name: helper.get_attribute_value(a) for a in node.attribute}
+
+
+def drop_unread(graph: GraphProto) -> None:
+    """Remove constants that no node reads, in place."""
+    read = {name for node in graph.node for name in node.input}
+    for tensor in [tensor for tensor in graph.initializer if tensor.name not in read]:
+        graph.initializer.remove(tensor)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
-from ajpq.onnx_nodes import Nodes
+from ajpq.onnx_nodes import Nodes, drop_unread
 
 
 def fold_pads(model: ModelProto) -> None:
@@ -31,9 +31,7 @@ def fold_pads(model: ModelProto) -> None:
         model.graph.node.remove(pad)
         del model.graph.value_info[:]  # shapes of inner tensors, some of which are no longer true
     _keep_from_pools(graph)
-    read = {name for node in model.graph.node for name in node.input}
-    for tensor in [tensor for tensor in model.graph.initializer if tensor.name not in read]:
-        model.graph.initializer.remove(tensor)
+    drop_unread(model.graph)
 
 
 def _keep_from_pools(graph: Nodes) -> None:

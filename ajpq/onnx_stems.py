@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
-from ajpq.onnx_nodes import Nodes
+from ajpq.onnx_nodes import Nodes, drop_unread, settings
 
 FEW = 4  # channels: so many in a block of 8 pixels are what an int8 kernel multiplies at once
 MOST = 128  # kernels: with more the 1x1 convolution's own work, eight times what it was, is what takes long
@@ -36,9 +36,7 @@ def fold_stems(model: ModelProto) -> None:
         pairs = next((n for n in PAIRS if columns % (2 * n) == 0), 0)
         if convs and rows and columns and rows % 2 == 0 and pairs:
             _fold(graph, pool, convs, _Blocks(rows, columns, pairs))
-    read = {name for node in model.graph.node for name in node.input}
-    for tensor in [tensor for tensor in model.graph.initializer if tensor.name not in read]:
-        model.graph.initializer.remove(tensor)
+    drop_unread(model.graph)
     del model.graph.value_info[:]  # shapes of inner tensors, some of which are no longer true
 
 
@@ -70,7 +68,7 @@ class _Blocks:
 
 
 def _halves(pool: NodeProto) -> bool:
-    told = _settings(pool)
+    told = settings(pool)
     return (
         (told["kernel_shape"], told.get("strides")) == ([2, 2], [2, 2])
         and not any(told.get("pads", ()))
@@ -85,7 +83,7 @@ def _stem(graph: Nodes, pool: NodeProto) -> list[NodeProto]:
     node, reader = graph.made.get(pool.input[0]), pool
     while node is not None and graph.inner(node, reader):
         if node.op_type == "Conv":
-            told = _settings(node)
+            told = settings(node)
             if not _few(graph, node, told):
                 break
             convs.insert(0, node)
@@ -118,7 +116,7 @@ def _codes(graph: Nodes, conv: NodeProto) -> np.ndarray | None:
         return graph.values(conv.input[1])
     constant = made.op_type == "DequantizeLinear" and all(name in graph.known for name in made.input)
     zero = np.any(graph.values(made.input[2])) if constant and len(made.input) > 2 else not constant
-    return None if zero or _settings(made).get("axis", 1) != 0 else graph.values(made.input[0])
+    return None if zero or settings(made).get("axis", 1) != 0 else graph.values(made.input[0])
 
 
 def _one(graph: Nodes, name: str) -> bool:
@@ -127,7 +125,7 @@ def _one(graph: Nodes, name: str) -> bool:
 
 def _fold(graph: Nodes, pool: NodeProto, convs: list[NodeProto], blocks: _Blocks) -> None:
     for conv in convs:
-        first, told = conv is convs[0], _settings(conv)
+        first, told = conv is convs[0], settings(conv)
         weight = _codes(graph, conv)
         wide = blocks.window(weight) if first else blocks.alike(weight)
         source = graph.made.get(conv.input[1])
@@ -192,7 +190,3 @@ def _sizes(model: ModelProto) -> dict[str, tuple[int, int]]:
     shaped = onnx.shape_inference.infer_shapes(model)
     dims = {info.name: info.type.tensor_type.shape.dim for info in shaped.graph.value_info}
     return {name: (dim[2].dim_value, dim[3].dim_value) for name, dim in dims.items() if len(dim) == 4}
-
-
-def _settings(node: NodeProto) -> dict:
-    return {a.name: helper.get_attribute_value(a) for a in node.attribute}
