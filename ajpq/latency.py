@@ -7,7 +7,7 @@ How do I build the table for my model?
     ajpq-profile model=resnet20 data=cifar10 what=outputs/.../...         # what the shipped network really takes
 
 The table has the time of every layer, alone, at some numbers of input channels and kernels, in float32 and in int8
-(`ajpq.one_layer`), of the whole network in float32 and with 8 bits everywhere, and of a run of next to nothing.
+(`ajpq.one_layer`), each measured two or three times (`ajpq.latency_points`), of the whole network in float32 and with 8 bits everywhere, and of a run of next to nothing.
 `LatencyTable.grids` makes a prediction out of it, our choice throughout:
 
 - A time must not fall when a channel is added or a layer goes from int8 to float32: budgets need it. But ONNX Runtime
@@ -48,7 +48,7 @@ from ajpq.padding import check_multiple, padded
 from ajpq.quantize import FLOAT
 from ajpq.timing import Device, runner
 
-VERSION = 3  # of how points are measured: since 3 with their shapes fixed
+VERSION = 4  # of how points are measured: since 3 with their shapes fixed, since 4 at least twice
 INT8 = 8  # bits that an int8 layer has at most
 BLOCK = 16  # channels that processors with AVX-512 compute together
 EMPTY, WHOLE = "empty", {name: f"whole {name}" for name in PRECISIONS}  # keys of times beside those of points

@@ -24,14 +24,17 @@ from ajpq.timing import Run, Runner, Subject, Times, interleaved, warm
 LONG = 5e-4  # seconds that all copies of a layer should take, so that they can be told from the noise: our choice
 COPIES = 16  # of a layer in one model, at most
 IMAGES = 8  # of noise, to set the ranges of the 8-bit network
+ALIKE = 1.25  # ratio of two measurements, at most, that are taken to agree: our choice
 Measured = tuple[float, float, float]  # ms per image: median, lower and upper quartile
 
 
 class Builder:
-    """The work that a table needs.
+    """The work that a table needs: every point is measured twice, at two times far apart, and once more where these
+    disagree by more than `ALIKE`; the smaller of two counts, the middle one of three. One moment in which the machine
+    was busy with something else then spoils nothing: a search would find it.
 
     runner: of ONNX files. batch: images of a run. fractions: of the channels, see `layer_grids`. seconds: spent on
-        every point, beside what it takes to load it.
+        every measurement, beside what it takes to load it.
     path: of the table. What is measured goes line by line to `path`.points, from where a killed build goes on; with the
         table written that file goes away. A table that is there already is completed, so that fractions can be added.
     Raises AjpqError where `path` has a table, or points, of another network, device or batch.
@@ -46,21 +49,32 @@ class Builder:
         self.layers = layer_grids(network, fractions)
         self.log = path.with_name(f"{path.name}.points")
         self._head = self._table({}).head
-        self.times = {**self._in_table(), **self._in_log()}
+        self._finished = self._in_table()
+        self._visits = self._in_log()
         self.points = self._points()
 
     @property
+    def times(self) -> dict[str, Measured]:
+        """What is known so far."""
+        return {key: _settled(visits) for key, visits in self._visits.items()} | self._finished
+
+    @property
     def pending(self) -> list[str]:
-        """Keys of what is still to be measured, in a random order that is always the same: so the time of a part
-        foretells that of the whole, and a change of the machine meets all layers alike."""
+        """Keys to measure, one after the other, in a random order that is always the same: so the time of a part
+        foretells that of the whole, and a change of the machine meets all layers alike. Every key comes once for each
+        time that it is still to be measured; when they are done there may be more, where measurements disagree."""
         keys = [*self.points, EMPTY]
-        order = np.random.default_rng(0).permutation(len(keys))
-        return [key for key in (keys[i] for i in order) if not self._known(key)]
+        keys = [keys[i] for i in np.random.default_rng(0).permutation(len(keys))]
+        seen = {key: self._seen(key) for key in keys}
+        if rest := [key for visit in range(2) for key in keys if seen[key] <= visit]:
+            return rest
+        return [key for key in keys if seen[key] == 2 and not self._agrees(key)]
 
     def measure(self, key: str) -> None:
         """Measure one of `pending` and write it to the log; the whole networks go with the empty run."""
         found = {key: self._point(self.points[key])} if key in self.points else self._whole()
-        self.times |= found
+        for name, value in found.items():
+            self._visits.setdefault(name, []).append(value)
         self._append(found)
 
     def finish(self) -> LatencyTable:
@@ -77,8 +91,16 @@ class Builder:
         grids = (grid for layer in self.layers for p in PRECISIONS for grid in layer.points(p))
         return {str(point): point for grid in grids for row in grid for point in row}
 
-    def _known(self, key: str) -> bool:
-        return all(name in self.times for name in ((EMPTY, *WHOLE.values()) if key == EMPTY else (key,)))
+    def _names(self, key: str) -> tuple[str, ...]:
+        return (EMPTY, *WHOLE.values()) if key == EMPTY else (key,)
+
+    def _seen(self, key: str) -> int:
+        """How often a key was measured; often enough if the table has it."""
+        return min(3 if name in self._finished else len(self._visits.get(name, ())) for name in self._names(key))
+
+    def _agrees(self, key: str) -> bool:
+        found = [[median for median, *_ in self._visits[name]] for name in self._names(key)]
+        return all(max(medians) <= ALIKE * min(medians) for medians in found)
 
     # -- measuring ----------------------------------------------------------------------------------------------------
 
@@ -122,8 +144,8 @@ class Builder:
             sync(self.log.parent)
         sync(self.log)
 
-    def _in_log(self) -> dict[str, Measured]:
-        """What an earlier build measured; a line that it did not finish is removed."""
+    def _in_log(self) -> dict[str, list[Measured]]:
+        """What an earlier build measured, in its order; a line that it did not finish is removed."""
         if not self.log.is_file():
             return {}
         text = self.log.read_text()
@@ -136,13 +158,16 @@ class Builder:
                 file.truncate(len(whole.encode()))
         try:
             head, *rows = map(json.loads, whole.splitlines())
-            times = {key: tuple(map(float, values)) for key, *values in rows}
+            found: dict[str, list[Measured]] = {}
+            for key, *values in rows:
+                median, low, high = map(float, values)
+                found.setdefault(key, []).append((median, low, high))
         except (ValueError, TypeError) as error:
             raise AjpqError(
                 f"points of a latency table must be lines of JSON, but {self.log} is not ({error}); remove it"
             ) from error
         self._check(head, self.log)
-        return times
+        return found
 
     def _in_table(self) -> dict[str, Measured]:
         for part in self.path.parent.glob(f".{self.path.name}.*.part"):
@@ -162,6 +187,11 @@ class Builder:
                     f"a latency table is completed only for its own network and device, but {path} is of another "
                     f"{'network' if key == 'layers' else key}{told}; name another file, or remove it"
                 )
+
+
+def _settled(visits: Sequence[Measured]) -> Measured:
+    """The smaller of two, the middle one of three."""
+    return sorted(visits)[(len(visits) - 1) // 2]
 
 
 def int8_onnx(network: Network) -> bytes:

@@ -147,12 +147,12 @@ def _build(cfg: DictConfig, device: Runner, screen: Screen) -> None:
     with screen.stage("trace"):
         network = trace(instantiate(cfg.model, _convert_="all").eval(), _images(_image_shape(cfg), 2))
     builder = Builder(network, device, Path(cfg.table), cfg.batch, list(cfg.fractions), cfg.seconds)
-    total = len(builder.points) + 1
-    pending, known = builder.pending, total - len(builder.pending)
+    total, pending = len(builder.points) + 1, builder.pending
+    known = total - len(set(pending))
     screen.say(f"{device.device}, batch {cfg.batch}, {' x '.join(map(str, builder.image))}: {total} points"
                + (f", of which {known} are measured" if known else ""))  # fmt: skip
     try:
-        if pending:
+        while pending := builder.pending:
             _measure(builder, pending, screen)
         table = builder.finish()
     except KeyboardInterrupt:
@@ -168,7 +168,10 @@ def _measure(builder: Builder, pending: list[str], screen: Screen) -> None:
     for key in pending[:probes]:
         builder.measure(key)
     left = (time.perf_counter() - start) / probes * (len(pending) - probes)
-    screen.say(f"{len(pending) - probes} points to measure, about {_duration(left)}; a build that is stopped goes on")
+    screen.say(
+        f"{len(set(pending))} points to measure, {len(pending)} measurements, about {_duration(left)}; a build that is "
+        "stopped goes on"
+    )
     with screen.stage("table", len(pending)) as advance:
         for done, key in enumerate(pending[probes:], probes + 1):
             builder.measure(key)

@@ -72,10 +72,11 @@ def study(name: str, args: argparse.Namespace) -> None:
     network = trace(make().eval(), noise(shape, 2))
     path = args.out / f"{name}.json"
     builder, screen = Builder(network, device, path, args.batch, FRACTIONS, args.seconds), Screen()
-    with screen.stage(name, len(builder.pending)) as advance:
-        for done, key in enumerate(builder.pending, 1):
-            builder.measure(key)
-            advance(done, "")
+    while pending := builder.pending:
+        with screen.stage(name, len(pending)) as advance:
+            for done, key in enumerate(pending, 1):
+                builder.measure(key)
+                advance(done, "")
     builder.finish()
     predictors: dict[str, CostModel] = {
         "table": LatencyTableCost(path, multiple=args.multiple),
@@ -129,7 +130,7 @@ if __name__ == "__main__":
     parser.add_argument("--round", type=int, default=1, help="channels are kept in multiples of this")
     parser.add_argument("--multiple", type=int, default=16, help="and padded to multiples of this, as for model.onnx")
     parser.add_argument("--floats", action="store_true", help="leave a random share of the layers in float32")
-    parser.add_argument("--seconds", type=float, default=0.1, help="for a point of a table")
+    parser.add_argument("--seconds", type=float, default=0.05, help="for a measurement of a point of a table")
     parser.add_argument("--rounds", type=int, default=40, help="of every policy")
     arguments = parser.parse_args()
     for each in arguments.networks:
