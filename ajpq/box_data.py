@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import csv
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,23 +15,20 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from ajpq.data import Data
-from ajpq.epochs import batches_in, begun, restarted, seeded
-from ajpq.errors import AjpqError, check_alike, check_counts
-from ajpq.pictures import Pictures
+from ajpq.epochs import begun
+from ajpq.errors import AjpqError, check_counts
+from ajpq.pictures import PartOfPictures, Pictures, pictures_under
 
 Labelled = dict[Path, list[tuple[float, float, float, float]]]  # image -> corners x1, y1, x2, y2 in pixels
 RESIZE = {"nearest": Image.NEAREST, "bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}
 
 
-class BoxBatches:
+class BoxBatches(PartOfPictures):
     """Batches of normalised float32 images (N, 3, H, W) and boxes (N, M, 4): corners as fractions, unused rows all -1.
 
-    pictures: of one size, their targets are the boxes. images: the numbers (n,) of those that are here. mean, std: of
-        pixel / 255. shuffle: the seed of the order and of the augmentation, both drawn anew every epoch; None = fixed
-        order, all images, as they are. Augmented images are mirrored with probability 1/2, moved by up to `move` of
-        their width and height (what leaves the image is cut off its box; a box that loses more than half is dropped)
-        and changed in brightness by up to `light`. workers: processes that read; 0 = this one. The batches are the same
-        for every number of workers.
+    pictures: of one size, their targets are the boxes. mean, std: of pixel / 255. Where the order is shuffled images
+    are augmented: mirrored with probability 1/2, moved by up to `move` of their width and height (what leaves the image
+    is cut off its box; a box that loses more than half is dropped) and changed in brightness by up to `light`.
     scenes: int64, for every picture: the same number for images that may show the same scene. None = every image by
         itself.
     """
@@ -41,10 +38,8 @@ class BoxBatches:
         shuffle: int | None = None, move: float = 0.1, light: float = 0.2, workers: int = 0,
         scenes: Tensor | None = None,
     ) -> None:  # fmt: skip
-        check_counts(1, batch_size=batch_size)
-        self.pictures, self.images, self.batch_size, self.workers = pictures, images, batch_size, workers
+        super().__init__(pictures, images, batch_size, shuffle, workers)
         self.mean, self.std, self.move, self.light, self.scenes = mean, std, move, light, scenes
-        self._epochs = seeded(shuffle)
 
     @property
     def boxes(self) -> Tensor:
@@ -58,24 +53,6 @@ class BoxBatches:
             return None
         lost = torch.tensor(sorted(self.pictures.unreadable), dtype=torch.int64)
         return self.scenes[self.images[~torch.isin(self.images, lost)]]
-
-    def part(self, chosen: Tensor) -> BoxBatches:
-        """The same over some of the images: their places (n,) in `images`."""
-        twin = copy.copy(self)
-        twin.images = self.images[chosen]
-        twin._epochs = restarted(self._epochs)
-        return twin
-
-    def joined(self, other: BoxBatches) -> BoxBatches:
-        """The same over the images of both; its epochs are this one's next. Raises AjpqError if these are numbers of
-        other pictures."""
-        check_alike(self.pictures is other.pictures, "of one set of pictures")
-        twin = copy.copy(self)
-        twin.images = torch.cat([self.images, other.images])
-        return twin
-
-    def __len__(self) -> int:
-        return batches_in(len(self.images), self.batch_size, self._epochs)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         epoch = None if self._epochs is None else begun(self._epochs)
@@ -120,7 +97,7 @@ def _moved(boxes: Tensor, mirrored: Tensor, dx: Tensor, dy: Tensor) -> Tensor:
 def dac_sdc(
     root: str | Path, seed: int = 0, size: tuple[int, int] = (160, 320), batch_size: int = 16, train: float = 0.6,
     search: float = 0.15, block: int = 20, calibration_images: int = 200, resize: str = "nearest", workers: int = 0,
-    cache_bytes: int = 2**30, eval_batch_size: int = 25,
+    cache_bytes: int = 2**30, eval_batch_size: int = 25, unlabelled: str | Path | Sequence[str | Path] | None = None,
 ) -> Data:  # fmt: skip
     """UAV frames with one object each: `root`/boxes.csv (file, xmin, ymin, xmax, ymax in pixels) and `root`/images.
 
@@ -128,7 +105,8 @@ def dac_sdc(
     go to train, search or test, and count as one where the test split says how sure a difference is. train, search:
     fractions of the blocks; the rest is the test split. size: (H, W) of the network's input. resize: nearest, bilinear
     or bicubic. workers: processes that read. cache_bytes: of resized images kept in memory, at most, 3 * H * W for each
-    (0.15 MB at 160 x 320); what does not fit is read anew in every epoch.
+    (0.15 MB at 160 x 320); what does not fit is read anew in every epoch. unlabelled: a folder of further pictures, or
+    several, see `Data`; they are resized and augmented like frames, and kept in as much memory again.
 
     Raises AjpqError for a missing folder or table, and more than 1 % unreadable images; fewer are left out with a
     warning.
@@ -159,14 +137,16 @@ def dac_sdc(
             f"{len(order)} blocks empty; change them or `block`"
         )
     parts = [torch.from_numpy(np.flatnonzero(np.isin(blocks, some))) for some in np.split(order, ends)]
-    return _splits(pictures, parts, seed, batch_size, eval_batch_size, calibration_images, workers,
+    data = _splits(pictures, parts, seed, batch_size, eval_batch_size, calibration_images, workers,
                    torch.from_numpy(blocks))  # fmt: skip
+    return _beside(data, unlabelled, size, resize, cache_bytes)
 
 
 def coco(
     root: str | Path, seed: int = 0, size: tuple[int, int] = (160, 320), batch_size: int = 16, search: float = 0.2,
     calibration_images: int = 200, resize: str = "nearest", workers: int = 0, cache_bytes: int = 2**30,
     eval_batch_size: int = 25, annotations: str = "_annotations.coco.json",
+    unlabelled: str | Path | Sequence[str | Path] | None = None,
 ) -> Data:  # fmt: skip
     """Images with boxes in COCO's json: `root`/train and `root`/valid (or test), each with images and `annotations`.
 
@@ -181,8 +161,9 @@ def coco(
         raise AjpqError(f"`0 < search < 1` must hold and leave images to train on, but {search=}; use search=0.2")
     order = torch.randperm(len(ours), generator=torch.Generator().manual_seed(seed))
     parts = [order[count:], order[:count].sort().values, len(ours) + torch.arange(len(theirs))]
-    return _splits(_pictures(ours | theirs, size, resize, cache_bytes), parts, seed, batch_size, eval_batch_size,
+    data = _splits(_pictures(ours | theirs, size, resize, cache_bytes), parts, seed, batch_size, eval_batch_size,
                    calibration_images, workers)  # fmt: skip
+    return _beside(data, unlabelled, size, resize, cache_bytes)
 
 
 def _coco_boxes(path: Path) -> Labelled:
@@ -237,3 +218,16 @@ def _splits(
         calibration=BoxBatches(pictures, spread, eval_batch_size, **settings),
         classes=("object",),
     )
+
+
+def _beside(
+    data: Data, unlabelled: str | Path | Sequence[str | Path] | None, size: Sequence[int], resize: str, cache_bytes: int
+) -> Data:
+    """The data with pictures of which nothing is known beside those of training, in the same batches."""
+    if unlabelled is None:
+        return data
+    held = data.test.pictures.paths[data.test.images]
+    pictures = _pictures({path: [] for path in pictures_under(unlabelled, held)}, size, resize, cache_bytes)
+    more = data.train.over(pictures)
+    more.scenes = None
+    return replace(data, unlabelled=more)

@@ -116,13 +116,39 @@ def join(batches: Batches, others: Batches) -> Batches:
     )
 
 
+class Beside:
+    """Batches (x, y, u) of an epoch of `labelled`, with the images u of the next batch of `unlabelled` in each; these
+    begin anew with every epoch, and whenever they are at their end. Raises AjpqError where there are none."""
+
+    def __init__(self, labelled: Batches, unlabelled: Batches) -> None:
+        self.labelled, self.unlabelled = labelled, unlabelled
+
+    def __len__(self) -> int:
+        return len(self.labelled)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        more = iter(self.unlabelled)
+        for x, y, *_ in self.labelled:
+            batch = next(more, None)
+            if batch is None:
+                more = iter(self.unlabelled)
+                batch = next(more, None)
+            if batch is None:
+                raise AjpqError(
+                    "images without labels must be at hand in every epoch, but there is none: give batches that can be "
+                    "iterated again"
+                )
+            yield x, y, batch[0] if isinstance(batch, Sequence) else batch
+
+
 @dataclass(frozen=True)
 class Data:
     """The splits of one image classification task. Each can be iterated again and again; a torch DataLoader is one.
 
     train: shuffled and augmented, in a new order every epoch. search, test: fixed order, no augmentation, disjoint from
         the images of train. calibration: training images in fixed order, no augmentation. classes: their names, index =
-    label.
+        label. unlabelled: further images, of which nothing needs to be known; a compressed network is fine-tuned on
+        what the original makes of them, too. Their labels are not read.
     """
 
     train: Batches
@@ -130,6 +156,7 @@ class Data:
     test: Batches
     calibration: Batches
     classes: tuple[str, ...]
+    unlabelled: Batches | None = None
 
 
 class ImageBatches:

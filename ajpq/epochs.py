@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 
 from ajpq.errors import AjpqError
 
-_PARTS = ("sampler", "batch_sampler", "dataset")  # attributes of loaders, samplers and data sets
+# Attributes of loaders, samplers and data sets.
+_PARTS = ("sampler", "batch_sampler", "dataset", "labelled", "unlabelled")
 
 
 def seeded(shuffle: int | None) -> torch.Generator | None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from ajpq.compression import freeze
-from ajpq.data import Batches
+from ajpq.data import Batches, Beside
 from ajpq.errors import AjpqError
 from ajpq.features import Features
 from ajpq.frozen_norms import FrozenNorms
@@ -18,7 +18,7 @@ from ajpq.outputs import quantize_outputs
 from ajpq.pact import use_pact
 from ajpq.parallel import draw_alike, spread
 from ajpq.recipe import check_settings
-from ajpq.training import fit, recalibrate
+from ajpq.training import count_of, fit, recalibrate
 
 
 def finetune(
@@ -33,6 +33,7 @@ def finetune(
     activations: str = "lsq",
     features: float = 0.0,
     kept: Mapping[str, Tensor] | None = None,
+    unlabelled: Batches | None = None,
     norm_batches: int = 100,
     frozen_norms: float = 0.0,
     on_epoch: Callable[[int, dict], None] | None = None,
@@ -51,6 +52,8 @@ def finetune(
     activations: how their quantizers learn, "lsq" (step sizes) or "pact" (clipping values).
     features: the weight of their distillation, see `Features`; above 0 it needs a teacher and `kept`, from
         `features.survivors`.
+    unlabelled: further images; at every step what the teacher makes of a batch of these is learned, too, with the same
+        weights. Batch-norms see such a batch by itself, and are not re-estimated on it.
     norm_batches: batch-norms are re-estimated on so many batches before the first and after the last step; 0: never,
         they have the running statistics of training.
     frozen_norms: the fraction of all steps, the last ones, in which their statistics are fixed, see `FrozenNorms`; they
@@ -65,8 +68,9 @@ def finetune(
         distillation=teacher is not None, norm_batches=norm_batches, frozen_norms=frozen_norms, **training,
     )  # fmt: skip
     draw_alike()
+    more = None if unlabelled is None else count_of(unlabelled)
     ours = {"lowering": lowering, "lift": lift, "activations": activations, "norm_batches": norm_batches,
-            "frozen_norms": frozen_norms}  # fmt: skip
+            "frozen_norms": frozen_norms, "unlabelled": more}  # fmt: skip
     inner = None
     if features and epochs:
         if not kept:
@@ -86,8 +90,8 @@ def finetune(
         changes = [change for change in (lower, frozen) if change is not None]
         try:
             fit(
-                student, train, epochs=epochs, lr=lr, teacher=teacher, features=inner, on_epoch=on_epoch, seed=seed,
-                also={**ours, **(also or {})},
+                student, train if more is None else Beside(train, unlabelled), epochs=epochs, lr=lr, teacher=teacher,
+                features=inner, on_epoch=on_epoch, seed=seed, also={**ours, **(also or {})},
                 change=lambda *at: [anew for change in changes for anew in change(*at)], **training,
             )  # fmt: skip
         finally:

@@ -16,7 +16,8 @@ from ajpq.data import Batches
 from ajpq.errors import AjpqError
 from ajpq.matching import matched
 from ajpq.network import Network
-from ajpq.training import channels_last, device_of
+from ajpq.objective import channels_last
+from ajpq.training import device_of
 
 LEAST, MOST = 2048, 8192  # see `samples_of`
 MEMORY = 2**31  # bytes for the activations of all images together, from one node to the next

@@ -14,9 +14,8 @@ from torchvision.transforms import v2
 
 from ajpq.data import Data, stratified_order
 from ajpq.errors import AjpqError, check_counts
-from ajpq.pictures import PictureBatches, Pictures
+from ajpq.pictures import PictureBatches, Pictures, is_picture, pictures_under
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGENETTE = {  # folder: index in ImageNet, name
     "n01440764": (0, "tench"),
@@ -37,7 +36,7 @@ def imagefolder(
     search_images: int = 1000, calibration_images: int = 1000, limit: int | None = None,
     classes: str | Path | Mapping[str, int] | None = None, scale: Sequence[float] = (0.08, 1.0), flip: float = 0.5,
     mean: Sequence[float] = MEAN, std: Sequence[float] = STD, workers: int = 0, cache_bytes: int = 2**30,
-    eval_batch_size: int = 50,
+    eval_batch_size: int = 50, unlabelled: str | Path | Sequence[str | Path] | None = None,
 ) -> Data:  # fmt: skip
     """Images (3, size, size) of a folder with `train/<class>/*` and `val/<class>/*` or `test/<class>/*`.
 
@@ -49,7 +48,8 @@ def imagefolder(
         most so many images in each split, stratified. classes: the index of every class folder among the network's
         outputs, or a json file with them, {"n01440764": 0, ...} or {"0": ["n01440764", "tench"], ...}; None = by
         alphabet. mean, std: per channel, of pixel / 255. workers: processes that read and augment. cache_bytes: of
-        decoded images kept in memory, at most.
+        decoded images kept in memory, at most. unlabelled: a folder of further pictures, or several, see `Data`; they
+        are augmented as training images are, and kept in as much memory again.
 
     Raises AjpqError for a missing or empty folder, classes that are not listed or differ, and more than 1 % unreadable
     images; fewer are left out with a warning.
@@ -81,13 +81,18 @@ def imagefolder(
             pictures, torch.from_numpy(chosen), count, transform, mean=mean, std=std, shuffle=shuffle, workers=workers
         )
 
-    return Data(
+    data = Data(
         train=part(fitted, batch_size, cut, shuffle=seed),
         search=part(order[:search_images][:limit], eval_batch_size, whole),
         test=part(n_train + np.sort(later[:limit]), eval_batch_size, whole),
         calibration=part(fitted[:calibration_images], eval_batch_size, whole),
         classes=names,
     )
+    if unlabelled is None:
+        return data
+    others = pictures_under(unlabelled, paths[n_train:])
+    more = data.train.over(Pictures(others, torch.full((len(others),), -1), cache_bytes))
+    return replace(data, unlabelled=more)
 
 
 def imagenette(root: str | Path, seed: int = 0, imagenet: bool = True, resize: int = 224, **settings: Any) -> Data:
@@ -127,10 +132,7 @@ def _class_folders(folder: Path) -> list[Path]:
 
 def _files(folder: Path) -> dict[str, list[Path]]:
     """Class folder -> its images."""
-    found = {
-        one.name: sorted(p for p in one.iterdir() if p.suffix.lower() in SUFFIXES and p.name[0] != ".")
-        for one in _class_folders(folder)
-    }
+    found = {one.name: sorted(p for p in one.iterdir() if is_picture(p)) for one in _class_folders(folder)}
     empty = [name for name, files in found.items() if not files]
     if empty or not found:
         raise AjpqError(

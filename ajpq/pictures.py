@@ -9,8 +9,9 @@ import copy
 import mmap
 import multiprocessing
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -21,9 +22,36 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from ajpq.epochs import batches_in, begun, restarted, seeded
-from ajpq.errors import AjpqError, check_alike
+from ajpq.errors import AjpqError, check_alike, check_counts
 
 UNREADABLE = 0.01  # of the images, at most
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+
+
+def is_picture(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and path.name[0] != "."
+
+
+def pictures_under(folders: str | Path | Sequence[str | Path], test: Iterable[str | Path]) -> list[Path]:
+    """The picture files of folders and of all folders in them, in the order of their paths. Raises AjpqError for a
+    folder without any, and for one that has pictures of the test split, whose files are `test`."""
+    found = []
+    for folder in [folders] if isinstance(folders, str | Path) else folders:
+        here = sorted(path for path in Path(folder).rglob("*") if is_picture(path) and path.is_file())
+        if not here:
+            raise AjpqError(
+                "data.unlabelled must be a folder of pictures, or a list of such, but there are none "
+                f"({', '.join(sorted(SUFFIXES))}) in {folder}; set it, or data.unlabelled=null"
+            )
+        found += here
+    held = {Path(path).resolve() for path in test}
+    for path in found:
+        if path.resolve() in held:
+            raise AjpqError(
+                f"nothing may be learned from the test split, but data.unlabelled has its picture {path}; give folders "
+                "without the pictures of the test split"
+            )
+    return found
 
 
 class Cache:
@@ -148,35 +176,29 @@ class Pictures:
         return f"{len(self.unreadable)} of {len(self.paths)} cannot be read: {first}{more}"
 
 
-class PictureBatches:
-    """Batches of normalised float32 images (n, 3, size, size) and labels (n,) of some of the pictures.
+class PartOfPictures:
+    """What loaders of some of the pictures have in common.
 
-    images: their numbers (N,). transform: of torchvision.transforms.v2, uint8 (3, H, W) -> uint8 (3, size, size).
-    mean, std: per channel, of pixel / 255. shuffle: the seed of the order and of the augmentation, both drawn anew
-    every epoch; None = fixed order, all images. A shuffled epoch of more than one batch drops its incomplete last one.
-    workers: processes that decode and transform; 0 = this one. The batches are the same for every number of workers.
+    images: the numbers (N,) of those that are here. shuffle: the seed of the order and of the augmentation, both drawn
+    anew every epoch; None = fixed order, all images. A shuffled epoch of more than one batch drops its incomplete last
+    one. workers: processes that read; 0 = this one. The batches are the same for every number of workers.
     """
 
     def __init__(
-        self, pictures: Pictures, images: Tensor, batch_size: int, transform: v2.Transform, *,
-        mean: Sequence[float], std: Sequence[float], shuffle: int | None = None, workers: int = 0,
-    ) -> None:  # fmt: skip
-        self.pictures, self.images, self.batch_size, self.transform = pictures, images, batch_size, transform
-        self.mean, self.std, self.workers = list(mean), list(std), workers
+        self, pictures: Pictures, images: Tensor, batch_size: int, shuffle: int | None = None, workers: int = 0
+    ) -> None:
+        check_counts(1, batch_size=batch_size)
+        self.pictures, self.images, self.batch_size, self.workers = pictures, images, batch_size, workers
         self._epochs = seeded(shuffle)
 
-    @property
-    def labels(self) -> Tensor:
-        return self.pictures.targets[self.images]
-
-    def part(self, chosen: Tensor) -> PictureBatches:
+    def part(self, chosen: Tensor) -> Self:
         """The same over some of the images: their places (n,) in `images`."""
         twin = copy.copy(self)
         twin.images = self.images[chosen]
         twin._epochs = restarted(self._epochs)
         return twin
 
-    def joined(self, other: PictureBatches) -> PictureBatches:
+    def joined(self, other: Self) -> Self:
         """The same over the images of both; its epochs are this one's next. Raises AjpqError if these are numbers of
         other pictures."""
         check_alike(self.pictures is other.pictures, "of one set of pictures")
@@ -184,8 +206,33 @@ class PictureBatches:
         twin.images = torch.cat([self.images, other.images])
         return twin
 
+    def over(self, pictures: Pictures) -> Self:
+        """The same over all of other pictures."""
+        twin = self.part(torch.arange(0))
+        twin.pictures, twin.images = pictures, torch.arange(len(pictures.paths))
+        return twin
+
     def __len__(self) -> int:
         return batches_in(len(self.images), self.batch_size, self._epochs)
+
+
+class PictureBatches(PartOfPictures):
+    """Batches of normalised float32 images (n, 3, size, size) and labels (n,).
+
+    transform: of torchvision.transforms.v2, uint8 (3, H, W) -> uint8 (3, size, size). mean, std: per channel, of
+    pixel / 255.
+    """
+
+    def __init__(
+        self, pictures: Pictures, images: Tensor, batch_size: int, transform: v2.Transform, *,
+        mean: Sequence[float], std: Sequence[float], shuffle: int | None = None, workers: int = 0,
+    ) -> None:  # fmt: skip
+        super().__init__(pictures, images, batch_size, shuffle, workers)
+        self.transform, self.mean, self.std = transform, list(mean), list(std)
+
+    @property
+    def labels(self) -> Tensor:
+        return self.pictures.targets[self.images]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self._epochs is None:

@@ -75,7 +75,7 @@ class Prepared:
         teacher, splits = self.model if settings.pop("distillation") else None, settings.pop("splits", TRAIN)
         return finetune(
             student, _images_of(data, splits), teacher=teacher, task=self.problem.task,
-            kept=survivors(self.network, policy),
+            kept=survivors(self.network, policy), unlabelled=data.unlabelled,
             also={"reconstruct_images": self.reconstruct_images, "splits": splits}, **settings, **options,
         )  # fmt: skip
 
@@ -107,6 +107,11 @@ def prepare(cfg: DictConfig, folder: Path, screen: Screen) -> Prepared:
     check_correction(cfg.correction)
     limits, data = limits_of(cfg.budget), parts["data"]
     _images_of(data, splits)  # whether they can be joined
+    if data.unlabelled is not None and recipes["finetune"]["epochs"] and not recipes["finetune"]["distillation"]:
+        raise AjpqError(
+            "from images without labels a network learns what the original makes of them, but data.unlabelled is set "
+            "and finetune.distillation is false; set it to true, or data.unlabelled=null"
+        )
     start = recipes.get("train", {}).pop("start", None)
     if weights := cfg.checkpoint or (None if (folder / TRAINED).is_file() else start):
         load_weights(parts["model"], weights)

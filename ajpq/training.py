@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ajpq.averaging import Average
-from ajpq.data import Batches
+from ajpq.data import Batches, Beside
 from ajpq.errors import AjpqError
 from ajpq.features import Features
+from ajpq.objective import Objective
 from ajpq.optimizer import optimizer_of, rate
 from ajpq.parallel import Team, draw_alike, spread
-from ajpq.recipe import PRECISIONS, check_settings
+from ajpq.recipe import check_settings
 from ajpq.tasks import CLASSIFICATION, Task
 from ajpq.training_state import TrainingState
 
@@ -70,7 +71,7 @@ def recalibrate(model: nn.Module, batches: Batches) -> None:
                 norm.reset_running_stats()
                 norm.momentum = None  # torch's cumulative average
                 norm.training = True
-            for x, _ in batches:  # (N, C, H, W)
+            for x, *_ in batches:  # (N, C, H, W)
                 model(x.to(device))
                 seen += 1
             if seen == 0:
@@ -98,6 +99,8 @@ def fit(
 ) -> list[dict]:  # fmt: skip
     """Train `model` in place; a row per epoch: epoch, loss, train_accuracy (the task's quality), seconds, lr, skipped.
 
+    batches: (x, y), or, of `Beside`, (x, y, u) with images u of which nothing is known: what the teacher makes of these
+        is learned with the weights of what it makes of x.
     optimizer: "sgd", with Nesterov momentum, or "adam", whose steps are as large as the learning rate however small the
         gradient, so that step sizes want a `scale_lr` well below 1; see `ajpq.optimizer`.
     The learning rate rises linearly over the first `warmup` (fraction of all steps) to `lr` and falls to 0 along a
@@ -134,6 +137,8 @@ def fit(
     check_settings(**chosen)
     if features is not None and teacher is None:
         raise AjpqError("Features can be learned only from a teacher, but there is none: give teacher=.")
+    if isinstance(batches, Beside) and teacher is None:
+        raise AjpqError("Images without labels can be learned from only with a teacher, but there is none: give one.")
     if epochs == 0:
         return []
     team = Team.of_launched()
@@ -141,8 +146,7 @@ def fit(
     stepper = optimizer_of(optimizer, model, lr, momentum, weight_decay, scale_lr)
     trainable = [p for group in stepper.param_groups for p in group["params"]]
     device, steps = device_of(model), epochs * math.ceil(count_of(batches) / accumulate)
-    low = precision != "float32"
-    cast = torch.autocast(device.type, PRECISIONS[precision], enabled=low)
+    objective = Objective(model, task, teacher, distill, temperature, features, precision, device)
     average = None if ema is None else Average(model, ema)
     chosen |= {"weight_decay": weight_decay, "scale_lr": scale_lr, "seed": seed, "steps": steps}
     chosen |= {"teacher": teacher is not None, "features": 0.0 if features is None else features.weight}
@@ -169,27 +173,16 @@ def fit(
                         average.restart()
 
                     stepper.zero_grad(set_to_none=True)
-                    size, mean, right = sum(len(y) for _, y in group), 0.0, 0.0
-                    group = [(team.part(x), team.part(y)) for x, y in group]
-                    share = sum(len(y) for _, y in group) / size
-                    for x, y in group:
-                        x, y = channels_last(x.to(device)), y.to(device)  # (N, C, H, W), (N,)
-                        with cast:
-                            outputs = model(x)  # (N, ...)
-                            with torch.no_grad():
-                                target = None if teacher is None else teacher(x)  # (N, ...)
-                        outputs = outputs.float() if low else outputs
-                        loss = task.losses(outputs, y).mean()  # ()
-                        if target is not None:
-                            soft = task.divergences(outputs, target.float() if low else target, temperature).mean()
-                            loss = (1 - distill) * loss + distill * soft
-                        if features is not None:
-                            loss = loss + features.loss()
+                    size, mean, right = sum(len(y) for _, y, *_ in group), 0.0, 0.0
+                    group = [[team.part(each) for each in batch] for batch in group]
+                    share = sum(len(y) for _, y, *_ in group) / size
+                    for x, y, *more in group:
+                        loss, outputs = objective(x, y, *more)
                         mean += loss.item() * len(y) / size
                         if not math.isfinite(mean):
                             break
                         (loss * (len(y) / size)).backward()
-                        right += float(task.quality(outputs.detach(), y).sum())
+                        right += float(task.quality(outputs.detach(), y.to(device)).sum())
                     mean, right = team.add_up(trainable, model, share, mean, right)
                     found = [p.grad for p in trainable if p.grad is not None]
                     norm = nn.utils.get_total_norm(found) if math.isfinite(mean) else math.nan
@@ -237,15 +230,11 @@ def fit(
     return rows
 
 
-def channels_last(x: Tensor) -> Tensor:
-    """The same images in the order of memory in which processors train convolutions faster (ResNet-20 1.25, MobileNetV1
-    1.3, SkyNet 2 times, float32, one thread of an EPYC with AVX-512)."""
-    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
-
-
-def _groups(batches: Batches, size: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """`size` batches at a time; the last group of an epoch may be smaller."""
-    batches = iter(batches)
+def _groups(batches: Batches, size: int) -> Iterator[list[tuple[Tensor, ...]]]:
+    """`size` batches at a time, without what loaders add to images and labels; the last group of an epoch may be
+    smaller."""
+    length = 3 if isinstance(batches, Beside) else 2
+    batches = (batch[:length] for batch in batches)
     while group := list(islice(batches, size)):
         yield group
 

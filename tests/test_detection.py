@@ -272,6 +272,18 @@ def test_an_unreadable_frame_is_named_and_left_out(tmp_path, workers, how):
     all_of(data.test)  # told once
 
 
+def test_frames_without_boxes_come_beside_the_splits(frames, tmp_path):
+    (tmp_path / "more").mkdir()
+    more = dac_frames(tmp_path / "more", 12, suffix="jpg") / "images"
+    plain, data = (dac_sdc(frames, unlabelled=where, **FAST) for where in (None, more))
+    assert plain.unlabelled is None and torch.equal(next(iter(plain.train))[0], next(iter(data.train))[0])
+    first, second = (next(iter(data.unlabelled)) for _ in range(2))
+    assert first[0].shape[1:] == next(iter(data.train))[0].shape[1:] and (first[1] == -1).all()
+    assert not torch.equal(first[0], second[0]) and data.unlabelled.blocks is None
+    with pytest.raises(AjpqError, match="nothing may be learned from the test split"):
+        dac_sdc(frames, unlabelled=frames / "images", **FAST)
+
+
 @pytest.mark.parametrize("how", ["missing", "cut off"])
 def test_many_unreadable_frames_are_an_error(tmp_path, how):
     dac_frames(tmp_path, 200, suffix="jpg")

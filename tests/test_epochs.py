@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, RandomSampler, Subset, TensorDataset
 
-from ajpq.data import digits
+from ajpq.data import Beside, digits
 from ajpq.epochs import begun, go_on, orders_of, restarted, seeded
 from ajpq.errors import AjpqError
 
@@ -53,6 +53,7 @@ LOADERS = {
     "torch": (lambda: DataLoader(TensorDataset(IMAGES, LABELS), 8, shuffle=True, generator=own()), 1),
     "batch_sampler": (by_batch_sampler, 1),
     "augmented": (lambda: DataLoader(Subset(Noisy(), range(10)), 4, shuffle=True, generator=own()), 2),
+    "beside": (lambda: Beside(digits(batch_size=200).train, digits(seed=1, batch_size=300).train), 2),
     "joined": (lambda: DataLoader(ConcatDataset([Noisy(), Noisy()]), 8), 2),
 }
 

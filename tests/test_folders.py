@@ -62,6 +62,26 @@ def raw(batches: PictureBatches):
     return (images * std + mean) * 255, labels
 
 
+def test_pictures_without_labels_come_beside_the_splits(root):
+    write(root.parent / "more" / "deep", {"any": 10}, seed=2)
+    write(root.parent / "other", {"any": 5}, seed=3)
+    (root.parent / "more" / "notes.txt").write_text("no picture")
+    (root.parent / "more" / ".hidden.png").write_text("no picture")
+    plain = imagefolder(root, **SMALL)
+    data = imagefolder(root, unlabelled=[root.parent / "more", str(root.parent / "other")], **SMALL)
+    assert plain.unlabelled is None and torch.equal(data.train.images, plain.train.images)
+    assert torch.equal(next(iter(data.train))[0], next(iter(plain.train))[0])
+    first, second = ([x for x, _ in data.unlabelled] for _ in range(2))
+    assert [x.shape for x in first] == [(8, 3, 16, 16)] and len(data.unlabelled) == 1
+    assert not torch.equal(first[0], second[0])  # another order, cut out and mirrored anew
+    assert len(data.unlabelled.images) == 15 and data.unlabelled.pictures.paths[0].endswith("more/deep/any/000.JPEG")
+    assert abs((first[0] * torch.tensor(data.train.std).view(3, 1, 1)).mean() + 0.449 - 60 / 255) < 0.1
+    with pytest.raises(AjpqError, match="data.unlabelled must be a folder of pictures.*nowhere"):
+        imagefolder(root, unlabelled=root.parent / "nowhere", **SMALL)
+    with pytest.raises(AjpqError, match="nothing may be learned from the test split.*val/ant/000.JPEG"):
+        imagefolder(root, unlabelled=root, **SMALL)
+
+
 @pytest.mark.parametrize("above", [False, True])
 def test_splits_labels_and_shapes(root, above):
     data = imagefolder(root.parent if above else root, **SMALL)

@@ -191,6 +191,30 @@ def test_a_found_network_learns_from_the_splits_that_it_is_told_to(tmp_path):
     assert not torch.equal(*outputs.values())
 
 
+def test_a_found_network_learns_from_images_without_labels(tmp_path):
+    told = ["train.epochs=0", "finetune.epochs=1", "finetune.features=1", "reconstruct_images=0", "norm_images=0"]
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        job = prepare(hydra.compose("config", told), tmp_path, Screen())
+    policy = CompressionPolicy.homogeneous(job.network, 8, 8)
+    more, outputs = Read([(x + 1, -1 - y) for x, y in job.data.calibration]), []
+    for unlabelled in (None, more):
+        final = job.tuned(
+            job.student(policy), policy, replace(job.data, train=[*job.data.calibration], unlabelled=unlabelled)
+        )
+        outputs.append(final(more[0][0]))
+    assert more.read and not torch.equal(*outputs)
+
+
+def test_images_without_labels_and_without_an_original_to_ask_are_told_before_the_search(tmp_path):
+    (tmp_path / "more_data.py").write_text(
+        "from dataclasses import replace\nfrom ajpq.data import digits\n"
+        "def load(seed):\n    data = digits(seed)\n    return replace(data, unlabelled=data.search)\n"
+    )
+    status, _, err = command(tmp_path, "data._target_=more_data.load", "finetune.distillation=false")
+    assert status == 2 and "data.unlabelled is set and finetune.distillation is false" in err
+    assert "Traceback" not in err and not list(tmp_path.rglob("original.safetensors"))
+
+
 def test_splits_that_cannot_be_joined_are_told_before_the_search(tmp_path):
     (tmp_path / "mixed_data.py").write_text(
         "from dataclasses import replace\nfrom ajpq.data import digits\n"

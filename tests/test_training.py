@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ajpq.averaging import Average
-from ajpq.data import digits
+from ajpq.data import Beside, digits
 from ajpq.errors import AjpqError
 from ajpq.models import digits_cnn
 from ajpq.tasks import Classification
@@ -394,11 +394,13 @@ def interrupt_after(epochs):
     return on_epoch
 
 
-@pytest.mark.parametrize("loader", ("digits", "adam", "torch", "torch_seeded", "hidden"))
+@pytest.mark.parametrize("loader", ("digits", "adam", "torch", "torch_seeded", "hidden", "beside"))
 def test_a_training_continued_ends_bit_equal(tmp_path, loader):
     settings = {"epochs": 3, "lr": 0.05, "ema": 0.9, "seed": 5, "accumulate": 2}
     if loader == "adam":
         settings, loader = {**settings, "lr": 0.002, "optimizer": "adam"}, "digits"
+    if loader == "beside":
+        settings["teacher"] = digits_cnn(width=2)
     path = tmp_path / "training.pt"
 
     def parts():
@@ -407,6 +409,8 @@ def test_a_training_continued_ends_bit_equal(tmp_path, loader):
         model.linear = nn.Sequential(nn.Dropout(0.5), model.linear)
         if loader == "digits":
             return model, digits(seed=0, batch_size=200).train
+        if loader == "beside":
+            return model, Beside(digits(seed=0, batch_size=200).train, digits(seed=1, batch_size=300).train)
         if loader == "hidden":
             return model, Hidden(digits(seed=0, batch_size=200).train)
         batches = digits(seed=0, batch_size=200).calibration
@@ -483,3 +487,36 @@ def test_digits_recipe_reaches_97_percent():
     state = model.state_dict()["layer2.0.bn1.running_mean"].clone()
     recalibrate(model, data.calibration)
     assert not torch.equal(state, model.layer2[0].bn1.running_mean) and accuracy(model, data.test) >= 0.96
+
+
+def test_images_without_labels_add_the_distance_from_the_teacher():
+    (x, y), (u, _), teacher = *toy(2), linear(1)
+    model, settings = linear(0), {"epochs": 1, "lr": 0.5, "warmup": 0.0, "distill": 0.3, "temperature": 2.0}
+    weight = model.weight.detach().clone().requires_grad_()
+
+    def outputs(images):
+        return images @ weight.T + model.bias.detach()
+
+    def soft(images):
+        return F.kl_div(F.log_softmax(outputs(images) / 2, 1), F.log_softmax(teacher(images) / 2, 1),
+                        log_target=True, reduction="batchmean") * 4  # fmt: skip
+
+    (0.7 * F.cross_entropy(outputs(x), y) + 0.3 * (soft(x) + soft(u))).backward()
+    wanted = weight.detach() - 0.5 * (1.9 * weight.grad + 1.9 * 5e-4 * weight.detach())  # the first Nesterov step
+    rows = fit(model, Beside([(x, y)], [(u, y)]), teacher=teacher, **settings)
+    assert torch.allclose(model.weight, wanted, atol=1e-6)
+    again = linear(0)
+    assert fit(again, [(x, y, u)], teacher=teacher, **settings)[0]["loss"] < rows[0]["loss"]  # a loader's own third
+
+
+def test_images_without_labels_begin_anew_and_need_a_teacher():
+    (labelled, other) = toy(5), toy(2, seed=1)
+    found = list(Beside(labelled, other))
+    assert len(found) == len(Beside(labelled, other)) == 5
+    assert [next(i for i, (x, _) in enumerate(other) if x is u) for *_, u in found] == [0, 1, 0, 1, 0]
+    assert all(x is a and y is b for (x, y, _), (a, b) in zip(found, labelled, strict=True))
+    assert next(iter(Beside(labelled, [other[0][0]])))[2] is other[0][0]  # tensors, no pairs
+    with pytest.raises(AjpqError, match="only with a teacher"):
+        fit(linear(), Beside(labelled, other), epochs=1, lr=0.1)
+    with pytest.raises(AjpqError, match="there is none: give batches"):
+        fit(linear(), Beside(labelled, iter(other)), epochs=1, lr=0.1, teacher=linear(1))
