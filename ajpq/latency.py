@@ -7,7 +7,8 @@ How do I build the table for my model?
     ajpq-profile model=resnet20 data=cifar10 what=outputs/.../...         # what the shipped network really takes
 
 The table has the time of every layer, alone, at some numbers of input channels and kernels, in float32 and in int8
-(`ajpq.one_layer`), each measured two or three times (`ajpq.latency_points`), of the whole network in float32 and with 8 bits everywhere, and of a run of next to nothing.
+(`ajpq.one_layer`), each measured two or three times (`ajpq.latency_points`), of the whole network in float32 and with 8
+bits everywhere, and of a run of next to nothing.
 `LatencyTable.grids` makes a prediction out of it, our choice throughout:
 
 - A time must not fall when a channel is added or a layer goes from int8 to float32: budgets need it. But ONNX Runtime
