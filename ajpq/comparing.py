@@ -26,7 +26,7 @@ from ajpq.preparing import SHARED, TRAINED, Prepared, prepare
 from ajpq.problem import SearchBackend
 from ajpq.record import RECORD
 from ajpq.resume import SEARCH, key_of
-from ajpq.snapshot import check_same, fingerprint, keep
+from ajpq.snapshot import check_same, fingerprint, flat, keep
 from ajpq.study import Run, Study, check_controls, meaning
 from ajpq.training import accuracy
 from ajpq.trials import POLICY, TUNED, Tuner, is_whole, rows_in, trial, write
@@ -259,7 +259,7 @@ def _same_settings(cfg: DictConfig, entries: Sequence[Entry], path: Path) -> dic
     theirs = OmegaConf.to_container(OmegaConf.load(path))
     begun = {name: found for name, found in theirs["search"].items() if (path.parent / name).is_dir()}
     theirs["search"], ours["search"] = {**ours["search"], **begun}, {**begun, **ours["search"]}
-    now, then = _flat(ours), _flat(theirs)
+    now, then = flat(ours), flat(theirs)
     for key in sorted({*now, *then}):
         if now.get(key) != then.get(key):
             raise AjpqError(
@@ -267,9 +267,3 @@ def _same_settings(cfg: DictConfig, entries: Sequence[Entry], path: Path) -> dic
                 f"and is {now.get(key)} now; set it back or choose another hydra.run.dir"
             )
     return ours
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, Mapping) or not tree:
-        return {prefix[:-1]: tree}
-    return {key: value for name, child in tree.items() for key, value in _flat(child, f"{prefix}{name}.").items()}

@@ -8,6 +8,7 @@ clipping and batch-norm.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +126,12 @@ class Beside:
 
     def __len__(self) -> int:
         return len(self.labelled)
+
+    @property
+    def turns(self) -> int:
+        """How often an epoch begins `unlabelled`; its length, where it has one, tells."""
+        both = [len(part) if isinstance(part, Sized) else 0 for part in (self.labelled, self.unlabelled)]
+        return math.ceil(both[0] / both[1]) if all(both) else 1
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         more = iter(self.unlabelled)

@@ -62,10 +62,18 @@ def go_on(batches: Iterable, orders: Sequence[Tensor], epochs: int) -> None:
             f"{len(orders)} generators and its batches have {len(generators)}; give the loader that it had, or begin "
             "again"
         )
-    if not generators and not isinstance(batches, DataLoader):
-        skip(batches, epochs)
+    for part, begun_in_an_epoch in _loaders(batches):
+        if not _generators(part) and not isinstance(part, DataLoader):
+            skip(part, epochs * begun_in_an_epoch)
     for generator, order in zip(generators, orders, strict=True):
         generator.set_state(order)
+
+
+def _loaders(batches: Iterable) -> list[tuple[Iterable, int]]:
+    """The loaders that one is made of (`data.Beside`, of two), and how often an epoch begins each of them."""
+    if not hasattr(batches, "unlabelled"):
+        return [(batches, 1)]
+    return [(batches.labelled, 1), (batches.unlabelled, batches.turns)]
 
 
 def _generators(batches: Iterable) -> list[torch.Generator]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from itertools import islice
 from typing import Any
 
@@ -18,7 +18,7 @@ from ajpq.outputs import quantize_outputs
 from ajpq.pact import use_pact
 from ajpq.parallel import draw_alike, spread
 from ajpq.recipe import check_settings
-from ajpq.training import count_of, fit, recalibrate
+from ajpq.training import fit, recalibrate
 
 
 def finetune(
@@ -53,7 +53,7 @@ def finetune(
     features: the weight of their distillation, see `Features`; above 0 it needs a teacher and `kept`, from
         `features.survivors`.
     unlabelled: further images; at every step what the teacher makes of a batch of these is learned, too, with the same
-        weights. Batch-norms see such a batch by itself, and are not re-estimated on it.
+        weights. Batch-norms normalise such a batch by itself, and keep nothing of it.
     norm_batches: batch-norms are re-estimated on so many batches before the first and after the last step; 0: never,
         they have the running statistics of training.
     frozen_norms: the fraction of all steps, the last ones, in which their statistics are fixed, see `FrozenNorms`; they
@@ -67,10 +67,16 @@ def finetune(
         epochs=epochs, lr=lr, lowering=lowering, lift=lift, activations=activations, features=features,
         distillation=teacher is not None, norm_batches=norm_batches, frozen_norms=frozen_norms, **training,
     )  # fmt: skip
+    if unlabelled is not None and epochs and teacher is None:
+        raise AjpqError(
+            "of images without labels what the original makes of them is learned, but unlabelled= is given and "
+            "teacher= is not; give both or neither"
+        )
     draw_alike()
-    more = None if unlabelled is None else count_of(unlabelled)
+    batches = train if unlabelled is None else Beside(train, unlabelled)
+    more = len(unlabelled) if isinstance(unlabelled, Sized) else unlabelled is not None
     ours = {"lowering": lowering, "lift": lift, "activations": activations, "norm_batches": norm_batches,
-            "frozen_norms": frozen_norms, "unlabelled": more}  # fmt: skip
+            "frozen_norms": frozen_norms, "unlabelled batches": more}  # fmt: skip
     inner = None
     if features and epochs:
         if not kept:
@@ -90,8 +96,8 @@ def finetune(
         changes = [change for change in (lower, frozen) if change is not None]
         try:
             fit(
-                student, train if more is None else Beside(train, unlabelled), epochs=epochs, lr=lr, teacher=teacher,
-                features=inner, on_epoch=on_epoch, seed=seed, also={**ours, **(also or {})},
+                student, batches, epochs=epochs, lr=lr, teacher=teacher, features=inner, on_epoch=on_epoch, seed=seed,
+                also={**ours, **(also or {})},
                 change=lambda *at: [anew for change in changes for anew in change(*at)], **training,
             )  # fmt: skip
         finally:

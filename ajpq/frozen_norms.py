@@ -8,7 +8,8 @@ from itertools import islice
 from torch import Tensor, nn
 
 from ajpq.data import Batches
-from ajpq.training import norms_of, recalibrate
+from ajpq.objective import norms_of
+from ajpq.training import recalibrate
 
 
 class FrozenNorms:

@@ -91,8 +91,9 @@ def imagefolder(
     if unlabelled is None:
         return data
     others = pictures_under(unlabelled, paths[n_train:])
-    more = data.train.over(Pictures(others, torch.full((len(others),), -1), cache_bytes))
-    return replace(data, unlabelled=more)
+    more = Pictures(others, torch.full((len(others),), -1), cache_bytes)
+    more.check()
+    return replace(data, unlabelled=data.train.over(more))
 
 
 def imagenette(root: str | Path, seed: int = 0, imagenet: bool = True, resize: int = 224, **settings: Any) -> Data:

@@ -146,7 +146,8 @@ class LatencyTable:
             plain = json.loads(Path(path).read_text())
             if plain["version"] != VERSION:
                 raise AjpqError(
-                    f"a latency table must be of version {VERSION}, but {path} is of {plain['version']}; build it again"
+                    f"a latency table must be of version {VERSION}, but {path} is of {plain['version']}; remove it and "
+                    "build it again"
                 )
             layers = [LayerGrid(**{**row, "calls": [_shape(call) for call in row["calls"]]}) for row in plain["layers"]]
             times = {key: tuple(map(float, found)) for key, found in plain["times"].items()}

@@ -78,8 +78,10 @@ class Builder:
         self._append(found)
 
     def finish(self) -> LatencyTable:
-        """Write the table of all that was measured, and remove the log."""
-        table = self._table(self.times)
+        """Write the table of all points, and remove the log; what it has of others is dropped, as it may have been
+        measured once only."""
+        wanted = {name for key in (*self.points, EMPTY) for name in self._names(key)} | set(self._finished)
+        table = self._table({name: ms for name, ms in self.times.items() if name in wanted})
         table.write(self.path)
         self.log.unlink(missing_ok=True)
         return table

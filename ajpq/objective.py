@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ajpq.features import Features
 from ajpq.recipe import PRECISIONS
@@ -33,7 +36,8 @@ class Objective:
         if target is not None:
             loss = (1 - self.distill) * loss + self._distance(outputs, target)
         if unlabelled is not None:
-            loss = loss + self._distance(*self._both(unlabelled))
+            with _statistics_kept(self.model):
+                loss = loss + self._distance(*self._both(unlabelled))
         return loss, outputs
 
     def _both(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -55,3 +59,21 @@ def channels_last(x: Tensor) -> Tensor:
     """The same images in the order of memory in which processors train convolutions faster (ResNet-20 1.25, MobileNetV1
     1.3, SkyNet 2 times, float32, one thread of an EPYC with AVX-512)."""
     return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+
+def norms_of(model: nn.Module) -> list[_BatchNorm]:
+    """Its batch-norms that have running statistics."""
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+
+
+@contextmanager
+def _statistics_kept(model: nn.Module) -> Iterator[None]:
+    """Batch-norms in training mode normalise by the batch that they see, but their running statistics stay."""
+    norms = [norm for norm in norms_of(model) if norm.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True

@@ -33,25 +33,37 @@ def is_picture(path: Path) -> bool:
 
 
 def pictures_under(folders: str | Path | Sequence[str | Path], test: Iterable[str | Path]) -> list[Path]:
-    """The picture files of folders and of all folders in them, in the order of their paths. Raises AjpqError for a
-    folder without any, and for one that has pictures of the test split, whose files are `test`."""
-    found = []
-    for folder in [folders] if isinstance(folders, str | Path) else folders:
-        here = sorted(path for path in Path(folder).rglob("*") if is_picture(path) and path.is_file())
+    """The picture files of folders and of all folders in them but hidden ones and links, each once, in the order of
+    their paths. Raises AjpqError for a folder without any, and for one that has pictures of the test split, whose files
+    are `test`."""
+    given = [folders] if isinstance(folders, str | Path) else folders
+    if (
+        not isinstance(given, Sequence)
+        or not given
+        or not all(isinstance(one, str | Path) and str(one) for one in given)
+    ):
+        raise AjpqError(
+            f"data.unlabelled must be a folder of pictures, or a list of such, but it is {folders!r}; name one, or "
+            "write data.unlabelled=null"
+        )
+    held, found = {Path(path).resolve() for path in test}, {}
+    for folder in map(Path, given):
+        paths = [path for path in sorted(folder.rglob("*")) if is_picture(path) and path.is_file()]
+        here = [path for path in paths if not any(part[0] == "." for part in path.relative_to(folder).parts)]
         if not here:
             raise AjpqError(
                 "data.unlabelled must be a folder of pictures, or a list of such, but there are none "
                 f"({', '.join(sorted(SUFFIXES))}) in {folder}; set it, or data.unlabelled=null"
             )
-        found += here
-    held = {Path(path).resolve() for path in test}
-    for path in found:
-        if path.resolve() in held:
-            raise AjpqError(
-                f"nothing may be learned from the test split, but data.unlabelled has its picture {path}; give folders "
-                "without the pictures of the test split"
-            )
-    return found
+        for path in here:
+            real = path.resolve()
+            if real in held:
+                raise AjpqError(
+                    f"nothing may be learned from the test split, but data.unlabelled has its picture {path}; give "
+                    "folders without the pictures of the test split"
+                )
+            found.setdefault(real, path)
+    return list(found.values())
 
 
 class Cache:
@@ -149,10 +161,19 @@ class Pictures:
             _Views(self, transform), batch_sampler=keys, collate_fn=_together, num_workers=workers,
             multiprocessing_context="fork" if workers else None, generator=torch.Generator(),
         )  # fmt: skip
-        for images, numbers, missed in loader:
-            self.miss(missed)
-            if len(numbers):
-                yield images, numbers
+        try:
+            for images, numbers, missed in loader:
+                self.miss(missed)
+                if len(numbers):
+                    yield images, numbers
+        except GeneratorExit:  # an epoch that is left half-way
+            self.tell()
+            raise
+        self.tell()
+
+    def check(self) -> None:
+        """Open all files, decoding no pixel, and tell which cannot be read. Raises AjpqError if there are too many."""
+        self.miss([number for number in range(len(self.paths)) if self.size(number) is None])
         self.tell()
 
     def miss(self, numbers: Sequence[int]) -> None:

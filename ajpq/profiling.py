@@ -63,7 +63,7 @@ def check_settings(cfg: DictConfig) -> None:
         if isinstance(cfg[key], bool) or not isinstance(cfg[key], int) or cfg[key] < least:
             raise AjpqError(f"{key} must be a whole number of at least {least}, but it is {cfg[key]!r}; raise it")
     if isinstance(cfg.seconds, bool) or not isinstance(cfg.seconds, int | float) or not cfg.seconds > 0:
-        raise AjpqError(f"seconds must be above 0, but it is {cfg.seconds!r}; write seconds=0.1")
+        raise AjpqError(f"seconds must be above 0, but it is {cfg.seconds!r}; write seconds=0.05")
 
 
 # -- what= ------------------------------------------------------------------------------------------------------------

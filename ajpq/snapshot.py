@@ -141,17 +141,18 @@ def _difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     for key in ("version", "backend"):
         if then.get(key) != now[key]:
             return f"its {'ajpq version' if key == 'version' else key} was {then.get(key)} and is {now[key]} now"
-    before, after = _flat(then.get("config", {})), _flat(now["config"])
+    before, after = flat(then.get("config", {})), flat(now["config"])
     for key in sorted({*before, *after}):
         if before.get(key) != after.get(key):
             return f"{key} was {before.get(key)} and is {after.get(key)} now"
     return next((said for key, said in _MESSAGES.items() if then.get(key) != now[key]), None)
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Settings of a tree by their dotted names."""
     if not isinstance(tree, Mapping) or not tree:
         return {prefix[:-1]: tree}
-    return {key: value for name, child in tree.items() for key, value in _flat(child, f"{prefix}{name}.").items()}
+    return {key: value for name, child in tree.items() for key, value in flat(child, f"{prefix}{name}.").items()}
 
 
 def _weights(network: Network) -> str:

@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ajpq.averaging import Average
 from ajpq.data import Batches, Beside
 from ajpq.errors import AjpqError
 from ajpq.features import Features
-from ajpq.objective import Objective
+from ajpq.objective import Objective, norms_of
 from ajpq.optimizer import optimizer_of, rate
 from ajpq.parallel import Team, draw_alike, spread
 from ajpq.recipe import check_settings
@@ -237,11 +236,6 @@ def _groups(batches: Batches, size: int) -> Iterator[list[tuple[Tensor, ...]]]:
     batches = (batch[:length] for batch in batches)
     while group := list(islice(batches, size)):
         yield group
-
-
-def norms_of(model: nn.Module) -> list[_BatchNorm]:
-    """Its batch-norms that have running statistics."""
-    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
 
 
 def _restart_norms(model: nn.Module) -> None:

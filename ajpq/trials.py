@@ -93,7 +93,8 @@ class Tuner:
         data = self._data = self._data or self._fresh()
         student = self.job.student(policy)
         with self.screen.stage(f"fine-tune {title}", self.job.finetune["epochs"]) as advance:
-            later = replace(data, train=_later(data.train, seed))
+            more = None if data.unlabelled is None else _later(data.unlabelled, seed)
+            later = replace(data, train=_later(data.train, seed), unlabelled=more)
             final = self.job.tuned(student, policy, later, checkpoint=state, seed=seed, on_epoch=epochs(advance))
         return accuracy(final, data.test, self.job.problem.task)
 

@@ -37,6 +37,17 @@ class Hidden:
         return self._begin()
 
 
+class Counted(Hidden):
+    """Of known length."""
+
+    def __init__(self, batch_size: int) -> None:
+        inner = digits(seed=1, batch_size=batch_size).train
+        self._begin, self._length = lambda: iter(inner), len(inner)
+
+    def __len__(self) -> int:
+        return self._length
+
+
 def own(seed: int = 3) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -54,6 +65,9 @@ LOADERS = {
     "batch_sampler": (by_batch_sampler, 1),
     "augmented": (lambda: DataLoader(Subset(Noisy(), range(10)), 4, shuffle=True, generator=own()), 2),
     "beside": (lambda: Beside(digits(batch_size=200).train, digits(seed=1, batch_size=300).train), 2),
+    "hidden beside seen": (lambda: Beside(Hidden(), digits(seed=1, batch_size=300).train), 1),
+    "seen beside hidden": (lambda: Beside(digits(batch_size=200).train, Counted(500)), 1),
+    "hidden beside hidden": (lambda: Beside(Counted(200), Counted(500)), 0),
     "joined": (lambda: DataLoader(ConcatDataset([Noisy(), Noisy()]), 8), 2),
 }
 

@@ -80,6 +80,15 @@ def test_pictures_without_labels_come_beside_the_splits(root):
         imagefolder(root, unlabelled=root.parent / "nowhere", **SMALL)
     with pytest.raises(AjpqError, match="nothing may be learned from the test split.*val/ant/000.JPEG"):
         imagefolder(root, unlabelled=root, **SMALL)
+    for wrong in ([], "", 5, [None]):
+        with pytest.raises(AjpqError, match="data.unlabelled must be a folder of pictures, or a list of such, but it"):
+            imagefolder(root, unlabelled=wrong, **SMALL)
+    twice = [root.parent / "other", root.parent / "other" / "any"]
+    assert len(imagefolder(root, unlabelled=twice, **SMALL).unlabelled.images) == 5
+    for i in range(3):
+        (root.parent / "other" / "any" / f"{i:03}.JPEG").write_text("no picture")
+    with pytest.raises(AjpqError, match="at most 1% of the images may be unreadable, but 3 of 5"):
+        imagefolder(root, unlabelled=root.parent / "other", **SMALL)
 
 
 @pytest.mark.parametrize("above", [False, True])

@@ -296,6 +296,20 @@ def test_a_moment_of_a_busy_machine_does_not_enter_the_table(net: Network, tmp_p
     assert point not in again.pending and again.times[point] == (1.1, 0.55, 2.2)  # the middle one
 
 
+def test_what_was_measured_once_for_other_fractions_does_not_enter_the_table(net: Network, tmp_path: Path) -> None:
+    path, key = tmp_path / "t.json", None
+    wide = builder(net, path, FRACTIONS)
+    narrow = {*builder(net, path).points, EMPTY}
+    key = next(key for key in wide.pending if key not in narrow)
+    wide.measure(key)
+    again = builder(net, path)
+    while pending := again.pending:
+        for other in pending:
+            again.measure(other)
+    assert key not in again.finish().times
+    assert builder(net, path, FRACTIONS).pending.count(key) == 2
+
+
 def test_finished_table_is_completed(net: Network, tmp_path: Path) -> None:
     made(net, tmp_path / "t.json")
     assert builder(net, tmp_path / "t.json", FRACTIONS).pending == []

@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import hydra
 import pytest
@@ -25,8 +26,9 @@ from ajpq.errors import AjpqError
 from ajpq.explain import CONF, explain
 from ajpq.models import digits_cnn
 from ajpq.policy import CompressionPolicy
-from ajpq.preparing import prepare
+from ajpq.preparing import Prepared, prepare
 from ajpq.shipping import load
+from ajpq.trials import Tuner
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = [
@@ -203,6 +205,34 @@ def test_a_found_network_learns_from_images_without_labels(tmp_path):
         )
         outputs.append(final(more[0][0]))
     assert more.read and not torch.equal(*outputs)
+
+
+class Watched(Prepared):
+    """Keeps the networks that it finished."""
+
+    finals: ClassVar[list] = []
+
+    def tuned(self, *args, **options):
+        self.finals.append(super().tuned(*args, **options))
+        return self.finals[-1]
+
+
+def test_what_was_tuned_before_does_not_change_what_is_learned_from_images_without_labels(tmp_path):
+    told = ["train.epochs=0", "finetune.epochs=1", "reconstruct_images=0", "norm_images=0"]
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        job = Watched(**vars(prepare(hydra.compose("config", told), tmp_path, Screen())))
+
+    def fresh():
+        return replace(digits(), unlabelled=digits(seed=1).train)
+
+    first, second = (CompressionPolicy.homogeneous(job.network, width, 8) for width in (8, 4))
+    found = []
+    for name, order in (("both", (first, second)), ("one", (second,))):
+        tuner = Tuner(job, tmp_path / name, fresh, Screen())
+        for policy in order:
+            tuner.test(policy, 3, "")
+        found.append(job.finals[-1](next(iter(job.data.calibration))[0]))
+    assert len(job.finals) == 3 and torch.equal(*found)
 
 
 def test_images_without_labels_and_without_an_original_to_ask_are_told_before_the_search(tmp_path):

@@ -520,3 +520,15 @@ def test_images_without_labels_begin_anew_and_need_a_teacher():
         fit(linear(), Beside(labelled, other), epochs=1, lr=0.1)
     with pytest.raises(AjpqError, match="there is none: give batches"):
         fit(linear(), Beside(labelled, iter(other)), epochs=1, lr=0.1, teacher=linear(1))
+
+
+def test_batch_norms_keep_nothing_of_images_without_labels():
+    (x, y), g = (torch.randn(8, 3, 2, 2), torch.arange(8) % 3), torch.Generator().manual_seed(1)
+    u = 50 + 9 * torch.randn(8, 3, 2, 2, generator=g)
+    found = []
+    for batches in ([(x, y)], Beside([(x, y)], [(u, y)])):
+        model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 3))
+        fit(model, batches, epochs=3, lr=0.0001, teacher=nn.Sequential(nn.Flatten(), nn.Linear(12, 3)))
+        found.append([model[0].running_mean, model[0].running_var, model[0].num_batches_tracked])
+        assert model[0].track_running_stats
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
