@@ -194,10 +194,7 @@ def _pictures(labelled: Labelled, size: Sequence[int], resize: str, cache_bytes:
     check_counts(1, height=h, width=w)
     boxes = torch.full((len(labelled), max(1, *map(len, labelled.values())), 4), -1.0)
     pictures = Pictures(list(labelled), boxes, cache_bytes, lambda picture: picture.resize((w, h), RESIZE[resize]))
-    sizes = [pictures.size(number) for number in range(len(labelled))]
-    pictures.miss([number for number, found in enumerate(sizes) if found is None])
-    pictures.tell()
-    for rows, corners, found in zip(boxes, labelled.values(), sizes, strict=True):
+    for rows, corners, found in zip(boxes, labelled.values(), pictures.check(), strict=True):
         if corners and found:
             rows[: len(corners)] = torch.tensor(corners) / torch.tensor(found * 2, dtype=torch.float32)
     return pictures

@@ -171,10 +171,13 @@ class Pictures:
             raise
         self.tell()
 
-    def check(self) -> None:
-        """Open all files, decoding no pixel, and tell which cannot be read. Raises AjpqError if there are too many."""
-        self.miss([number for number in range(len(self.paths)) if self.size(number) is None])
+    def check(self) -> list[tuple[int, int] | None]:
+        """Open all files, decoding no pixel: the `size` of each. Tells which cannot be read; raises AjpqError if there
+        are too many."""
+        sizes = [self.size(number) for number in range(len(self.paths))]
+        self.miss([number for number, found in enumerate(sizes) if found is None])
         self.tell()
+        return sizes
 
     def miss(self, numbers: Sequence[int]) -> None:
         """Note images that could not be read. Raises AjpqError if there are too many."""

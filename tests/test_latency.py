@@ -297,7 +297,7 @@ def test_a_moment_of_a_busy_machine_does_not_enter_the_table(net: Network, tmp_p
 
 
 def test_what_was_measured_once_for_other_fractions_does_not_enter_the_table(net: Network, tmp_path: Path) -> None:
-    path, key = tmp_path / "t.json", None
+    path = tmp_path / "t.json"
     wide = builder(net, path, FRACTIONS)
     narrow = {*builder(net, path).points, EMPTY}
     key = next(key for key in wide.pending if key not in narrow)
