@@ -26,7 +26,7 @@ from ajpq.preparing import SHARED, TRAINED, Prepared, prepare
 from ajpq.problem import SearchBackend
 from ajpq.record import RECORD
 from ajpq.resume import SEARCH, key_of
-from ajpq.snapshot import check_same, fingerprint, flat, keep
+from ajpq.snapshot import changed, check_same, fingerprint, keep
 from ajpq.study import Run, Study, check_controls, meaning
 from ajpq.training import accuracy
 from ajpq.trials import POLICY, TUNED, Tuner, is_whole, rows_in, trial, write
@@ -259,11 +259,9 @@ def _same_settings(cfg: DictConfig, entries: Sequence[Entry], path: Path) -> dic
     theirs = OmegaConf.to_container(OmegaConf.load(path))
     begun = {name: found for name, found in theirs["search"].items() if (path.parent / name).is_dir()}
     theirs["search"], ours["search"] = {**ours["search"], **begun}, {**begun, **ours["search"]}
-    now, then = flat(ours), flat(theirs)
-    for key in sorted({*now, *then}):
-        if now.get(key) != then.get(key):
-            raise AjpqError(
-                f"a comparison can go on only with its own settings, but {key} was {then.get(key)} in {path.parent} "
-                f"and is {now.get(key)} now; set it back or choose another hydra.run.dir"
-            )
+    if change := changed(theirs, ours, f" in {path.parent}"):
+        raise AjpqError(
+            f"a comparison can go on only with its own settings, but {change}; set it back or choose another "
+            "hydra.run.dir"
+        )
     return ours

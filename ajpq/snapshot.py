@@ -141,18 +141,24 @@ def _difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     for key in ("version", "backend"):
         if then.get(key) != now[key]:
             return f"its {'ajpq version' if key == 'version' else key} was {then.get(key)} and is {now[key]} now"
-    before, after = flat(then.get("config", {})), flat(now["config"])
-    for key in sorted({*before, *after}):
-        if before.get(key) != after.get(key):
-            return f"{key} was {before.get(key)} and is {after.get(key)} now"
+    if change := changed(then.get("config", {}), now["config"]):
+        return change
     return next((said for key, said in _MESSAGES.items() if then.get(key) != now[key]), None)
 
 
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Settings of a tree by their dotted names."""
+def changed(before: Any, after: Any, where: str = "") -> str | None:
+    """The first setting, by its dotted name, in which two trees differ, told as a clause with the place of `before`."""
+    then, now = _flat(before), _flat(after)
+    for key in sorted({*then, *now}):
+        if then.get(key) != now.get(key):
+            return f"{key} was {then.get(key)}{where} and is {now.get(key)} now"
+    return None
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, Mapping) or not tree:
         return {prefix[:-1]: tree}
-    return {key: value for name, child in tree.items() for key, value in flat(child, f"{prefix}{name}.").items()}
+    return {key: value for name, child in tree.items() for key, value in _flat(child, f"{prefix}{name}.").items()}
 
 
 def _weights(network: Network) -> str:

@@ -19,7 +19,7 @@ from ajpq.policy import CompressionPolicy
 from ajpq.preparing import SHARED, TRAINED, Prepared, prepare
 from ajpq.problem import Problem, default_costs
 from ajpq.record import RECORD
-from ajpq.snapshot import flat
+from ajpq.snapshot import changed
 from ajpq.trials import POLICY, Tuner, is_whole, trial
 from ajpq.variance import HOMOGENEOUS, Trial, Variance
 
@@ -161,11 +161,8 @@ def _prepared(cfg: DictConfig, folder: Path, screen: Screen) -> Prepared:
             if not any((folder / name).exists() for name in (TRAINED, SHARED)):
                 path.unlink()  # a command that did nothing leaves nothing
             raise
-    now, then = flat(ours), flat(OmegaConf.to_container(OmegaConf.load(path)))
-    for key in sorted({*now, *then}):
-        if now.get(key) != then.get(key):
-            raise AjpqError(
-                f"a study can go on only with its own settings, but {key} was {then.get(key)} in {folder} and is "
-                f"{now.get(key)} now; set it back or choose another hydra.run.dir"
-            )
+    if change := changed(OmegaConf.to_container(OmegaConf.load(path)), ours, f" in {folder}"):
+        raise AjpqError(
+            f"a study can go on only with its own settings, but {change}; set it back or choose another hydra.run.dir"
+        )
     return prepare(cfg, folder, screen)
