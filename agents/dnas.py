@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from agents.children import Children
 from ajpq.architecture import GRANULARITIES, Architecture, Parts, check_differentiable
-from ajpq.data import divide
 from ajpq.epochs import go_on, orders_of
 from ajpq.errors import AjpqError
+from ajpq.loaders import divide
 from ajpq.problem import Problem, SearchResult
 from ajpq.supernet import SuperNet
 

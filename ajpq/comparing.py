@@ -17,10 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from ajpq.console import Screen
-from ajpq.data import take
 from ajpq.errors import AjpqError
 from ajpq.explain import closest
 from ajpq.files import remove_parts, write_text
+from ajpq.loaders import take
 from ajpq.policy import CompressionPolicy
 from ajpq.preparing import SHARED, TRAINED, Prepared, prepare
 from ajpq.problem import SearchBackend

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from torch import fx
 
-from ajpq.data import Batches
 from ajpq.errors import AjpqError
 from ajpq.goals import Goals
+from ajpq.loaders import Batches
 from ajpq.matching import match
 from ajpq.network import Network
 from ajpq.policy import CompressionPolicy

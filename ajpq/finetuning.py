@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from ajpq.compression import freeze
-from ajpq.data import Batches, Beside
 from ajpq.errors import AjpqError
 from ajpq.features import Features
 from ajpq.frozen_norms import FrozenNorms
+from ajpq.loaders import Batches, Beside
 from ajpq.lowering import Lowering
 from ajpq.outputs import quantize_outputs
 from ajpq.pact import use_pact

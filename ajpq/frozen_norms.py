@@ -7,7 +7,7 @@ from itertools import islice
 
 from torch import Tensor, nn
 
-from ajpq.data import Batches
+from ajpq.loaders import Batches
 from ajpq.objective import norms_of
 from ajpq.training import recalibrate
 

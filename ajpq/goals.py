@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
-from ajpq.data import Batches
 from ajpq.errors import AjpqError
+from ajpq.loaders import Batches
 from ajpq.matching import matched
 from ajpq.network import Network
 from ajpq.objective import channels_last

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from ajpq.data import Batches
 from ajpq.errors import AjpqError
+from ajpq.loaders import Batches
 from ajpq.network import LayerSpec, Network
 from ajpq.tasks import CLASSIFICATION, Classification, Task
 

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ajpq.data import Batches
+from ajpq.loaders import Batches
 from ajpq.network import Network
 from ajpq.policy import CompressionPolicy
 from ajpq.training import recalibrate

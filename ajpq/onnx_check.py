@@ -9,10 +9,10 @@ import onnxruntime
 import torch
 from torch import Tensor, fx
 
-from ajpq.data import Batches
 from ajpq.detection import Detection
 from ajpq.errors import AjpqError
 from ajpq.layers import FrozenLayer
+from ajpq.loaders import Batches
 from ajpq.outputs import module_of, quantizer_of
 from ajpq.tasks import Classification, Task
 

@@ -17,9 +17,9 @@ from ajpq import report as reporting
 from ajpq.compression import freeze
 from ajpq.console import Screen
 from ajpq.control import Beside, Comparison, Control
-from ajpq.data import take
 from ajpq.errors import AjpqError, check_counts
 from ajpq.files import remove_parts, write_text
+from ajpq.loaders import take
 from ajpq.onnx_check import seen
 from ajpq.onnx_export import FILE as ONNX
 from ajpq.onnx_export import float_onnx

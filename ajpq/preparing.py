@@ -20,11 +20,12 @@ from ajpq.checkpoint import load_weights, save_weights
 from ajpq.compression import compress
 from ajpq.console import Advance, Screen
 from ajpq.correction import Correction, advice, check_correction
-from ajpq.data import Batches, Data, join, take
+from ajpq.data import Data
 from ajpq.epochs import skip
 from ajpq.errors import AjpqError, check_counts
 from ajpq.features import survivors
 from ajpq.finetuning import finetune
+from ajpq.loaders import Batches, join, take
 from ajpq.memory import keep_freed_memory
 from ajpq.network import Network
 from ajpq.policy import CompressionPolicy

@@ -19,10 +19,10 @@ from ajpq.calibration import calibrate
 from ajpq.compression import check_scales
 from ajpq.correction import check_correction
 from ajpq.cost import BOPs, CostModel, MACs, Size
-from ajpq.data import Batches, take
 from ajpq.draft import Draft
 from ajpq.errors import AjpqError
 from ajpq.importance import Importance, magnitude
+from ajpq.loaders import Batches, take
 from ajpq.network import Network
 from ajpq.policy import CompressionPolicy
 from ajpq.record import policy_of

@@ -16,9 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ajpq import quantize
 from ajpq.compensation import round_compensated
-from ajpq.data import Batches
 from ajpq.goals import Goals, Stages, called, rows_of
 from ajpq.layers import Geometry, QuantLayer
+from ajpq.loaders import Batches
 from ajpq.network import Network
 from ajpq.policy import CompressionPolicy
 from ajpq.quantize import FLOAT

@@ -18,9 +18,9 @@ from ajpq.bank import WeightBank
 from ajpq.budget import Budget
 from ajpq.calibration import calibrate
 from ajpq.compression import compress
-from ajpq.data import Batches
 from ajpq.draft import Draft
 from ajpq.errors import AjpqError
+from ajpq.loaders import Batches
 from ajpq.network import Network
 from ajpq.policy import CompressionPolicy
 from ajpq.recipe import PRECISIONS

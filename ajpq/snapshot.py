@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ajpq.data import Batches, take
 from ajpq.errors import AjpqError
 from ajpq.files import replacing, write_text
+from ajpq.loaders import Batches, take
 from ajpq.network import Network
 from ajpq.preparing import Prepared
 from ajpq.problem import CALIBRATION_IMAGES, Problem, SearchBackend

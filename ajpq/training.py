@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ajpq.averaging import Average
-from ajpq.data import Batches, Beside
 from ajpq.errors import AjpqError
 from ajpq.features import Features
+from ajpq.loaders import Batches, Beside
 from ajpq.objective import Objective, norms_of
 from ajpq.optimizer import optimizer_of, rate
 from ajpq.parallel import Team, draw_alike, spread

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from ajpq.averaging import Average
-from ajpq.data import Batches
 from ajpq.epochs import go_on, orders_of
 from ajpq.errors import AjpqError
 from ajpq.files import replacing
+from ajpq.loaders import Batches
 
 
 @dataclass

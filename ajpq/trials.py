@@ -13,10 +13,11 @@ from typing import Any
 
 from ajpq import report as reporting
 from ajpq.console import Screen
-from ajpq.data import Batches, Data
+from ajpq.data import Data
 from ajpq.epochs import skip
 from ajpq.errors import AjpqError
 from ajpq.files import remove_parts, replacing, write_text
+from ajpq.loaders import Batches
 from ajpq.policy import CompressionPolicy
 from ajpq.preparing import Prepared, epochs
 from ajpq.problem import Problem, SearchBackend

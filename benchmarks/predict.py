@@ -26,8 +26,9 @@ from ajpq.budget import Budget
 from ajpq.calibration import calibrate
 from ajpq.checkpoint import load_weights, save_weights
 from ajpq.compression import compress
-from ajpq.data import cifar10, take
+from ajpq.data import cifar10
 from ajpq.draft import Draft
+from ajpq.loaders import take
 from ajpq.matching import match
 from ajpq.memory import keep_freed_memory
 from ajpq.models import resnet20

@@ -24,7 +24,8 @@ import ajpq
 from ajpq import models, quantize, reconstruction
 from ajpq.calibration import calibrate
 from ajpq.compression import compress
-from ajpq.data import cifar10, take
+from ajpq.data import cifar10
+from ajpq.loaders import take
 from ajpq.matching import match
 from ajpq.space import Choices, SearchSpace
 from ajpq.tracing import trace

@@ -27,7 +27,8 @@ from ajpq.calibration import calibrate
 from ajpq.checkpoint import load_weights
 from ajpq.compression import compress
 from ajpq.cost import MACs, total
-from ajpq.data import cifar10, take
+from ajpq.data import cifar10
+from ajpq.loaders import take
 from ajpq.memory import keep_freed_memory
 from ajpq.models import cifar_resnet
 from ajpq.policy import CompressionPolicy

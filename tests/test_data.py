@@ -19,8 +19,9 @@ from torch.utils.data import (
 )
 
 from ajpq.cifar_files import CIFAR10_CLASSES
-from ajpq.data import ImageBatches, cifar10, cifar100, digits, divide, join, stratified_order
+from ajpq.data import ImageBatches, cifar10, cifar100, digits, stratified_order
 from ajpq.errors import AjpqError
+from ajpq.loaders import divide, join
 
 MEAN, STD = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1), torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
 REAL = Path(os.environ.get("AJPQ_DATA", Path(__file__).parents[2] / "shared" / "data")) / "cifar10_jpeg"

@@ -11,9 +11,9 @@ from PIL import Image
 from test_data import all_of
 
 from ajpq.box_data import BoxBatches, coco, dac_sdc
-from ajpq.data import divide, join
 from ajpq.detection import Detection
 from ajpq.errors import AjpqError
+from ajpq.loaders import divide, join
 from ajpq.pictures import Pictures
 from ajpq.tasks import Classification, check_task
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, RandomSampler, Subset, TensorDataset
 
-from ajpq.data import Beside, digits
+from ajpq.data import digits
 from ajpq.epochs import begun, go_on, orders_of, restarted, seeded
 from ajpq.errors import AjpqError
+from ajpq.loaders import Beside
 
 IMAGES, LABELS = torch.arange(60.0).view(20, 3, 1, 1), torch.arange(20)
 

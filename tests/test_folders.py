@@ -18,9 +18,9 @@ from hydra.utils import instantiate
 from PIL import Image
 from test_data import all_of
 
-from ajpq.data import divide, join
 from ajpq.errors import AjpqError
 from ajpq.image_folder import IMAGENETTE, imagefolder, imagenette
+from ajpq.loaders import divide, join
 from ajpq.pictures import Cache, PictureBatches, Pictures
 
 SMALL = {"size": 16, "resize": 20, "batch_size": 8, "eval_batch_size": 8, "search_images": 20}

@@ -12,10 +12,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from ajpq.compression import compress
-from ajpq.data import digits, take
+from ajpq.data import digits
 from ajpq.errors import AjpqError
 from ajpq.explain import CONF
 from ajpq.importance import bn_scale, fisher, magnitude, of_channels, taylor
+from ajpq.loaders import take
 from ajpq.models import digits_cnn
 from ajpq.network import Network
 from ajpq.policy import CompressionPolicy

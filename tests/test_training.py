@@ -8,8 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from ajpq.averaging import Average
-from ajpq.data import Beside, digits
+from ajpq.data import digits
 from ajpq.errors import AjpqError
+from ajpq.loaders import Beside
 from ajpq.models import digits_cnn
 from ajpq.tasks import Classification
 from ajpq.training import accuracy, fit, recalibrate

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ajpq.calibration import Calibration
-from ajpq.data import Batches
+from ajpq.loaders import Batches
 from ajpq.network import Network
 from ajpq.policy import CompressionPolicy
 from ajpq.tasks import CLASSIFICATION, Task
