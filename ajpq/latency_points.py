@@ -1,78 +1,101 @@
-"""Measuring a latency table, point after point; a build that was killed goes on."""
+"""Measuring a latency table, point after point; a build that was killed goes on.
+
+A shared machine runs at one speed now and at another a minute later, so nothing is timed by itself: points in turns
+with the unpruned int8 network, and that, pruned networks and the empty run in turns with the float32 one. What counts
+are ratios, round by round; only the float32 network has milliseconds, and all others are multiples of these.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ajpq.calibration import calibrate
-from ajpq.compression import compress, freeze
 from ajpq.errors import AjpqError
 from ajpq.files import sync
-from ajpq.latency import EMPTY, INT8, WHOLE, LatencyTable, layer_grids
+from ajpq.latency_samples import channels_of, int8_onnx, pruned_networks, unpruned
+from ajpq.latency_table import EMPTY, WHOLE, LatencyTable, layer_grids
 from ajpq.network import Network
 from ajpq.one_layer import PRECISIONS, Point, empty_model, images_of, model_of
-from ajpq.onnx_export import float_onnx, to_onnx
-from ajpq.policy import CompressionPolicy
+from ajpq.onnx_export import float_onnx
 from ajpq.timing import Run, Runner, Subject, Times, interleaved, warm
 
 LONG = 5e-4  # seconds that all copies of a layer should take, so that they can be told from the noise: our choice
 COPIES = 16  # of a layer in one model, at most
-IMAGES = 8  # of noise, to set the ranges of the 8-bit network
+PRUNED = 12  # networks that are fitted to, twice as many as coefficients: our choice
 ALIKE = 1.25  # ratio of two measurements, at most, that are taken to agree: our choice
-Measured = tuple[float, float, float]  # ms per image: median, lower and upper quartile
+FLOAT32, INT8 = (WHOLE[precision] for precision in PRECISIONS)
+Measured = tuple[float, float, float]  # median, lower and upper quartile
 
 
 class Builder:
-    """The work that a table needs: every point is measured twice, at two times far apart, and once more where these
-    disagree by more than `ALIKE`; the smaller of two counts, the middle one of three. One moment in which the machine
-    was busy with something else then spoils nothing: a search would find it.
+    """The work that a table needs. Its keys are points of layers, pruned networks, and EMPTY, with which the unpruned
+    networks go. Every key is measured twice, at two times far apart, and once more where these disagree by more than
+    `ALIKE`; the smaller of two counts, the middle one of three. One moment in which the machine was busy with something
+    else then spoils nothing: a search would find it.
 
     runner: of ONNX files. batch: images of a run. fractions: of the channels, see `layer_grids`. seconds: spent on
-        every measurement, beside what it takes to load it.
+        every measurement, beside what it takes to load it. pruned: networks to fit to.
     path: of the table. What is measured goes line by line to `path`.points, from where a killed build goes on; with the
         table written that file goes away. A table that is there already is completed, so that fractions can be added.
     Raises AjpqError where `path` has a table, or points, of another network, device or batch.
     """
 
     def __init__(
-        self, network: Network, runner: Runner, path: Path, batch: int, fractions: Sequence[float], seconds: float
-    ) -> None:
+        self, network: Network, runner: Runner, path: Path, batch: int, fractions: Sequence[float], seconds: float,
+        pruned: int = PRUNED,
+    ) -> None:  # fmt: skip
         self.network, self.runner, self.path = network, runner, path
         self.batch, self.seconds = batch, seconds
         self.image = tuple(network.example.shape[1:])
         self.layers = layer_grids(network, fractions)
+        self.pruned = pruned_networks(network, pruned)
         self.log = path.with_name(f"{path.name}.points")
+        self._shapes = {key: channels_of(network, policy) for key, policy in self.pruned.items()}
         self._head = self._table({}).head
         self._finished = self._in_table()
         self._visits = self._in_log()
         self.points = self._points()
+        self._files: dict[str, bytes] = {}
 
     @property
     def times(self) -> dict[str, Measured]:
-        """What is known so far."""
-        return {key: _settled(visits) for key, visits in self._visits.items()} | self._finished
+        """What is known so far, ms per image; nothing before the unpruned networks are."""
+        known = {key: _settled(visits) for key, visits in self._visits.items()}
+        if FLOAT32 not in self._finished and FLOAT32 not in known:
+            return {}
+        unit = {FLOAT32: self._finished.get(FLOAT32, known.get(FLOAT32))[0]}
+        unit[INT8] = self._finished[INT8][0] if INT8 in self._finished else unit[FLOAT32] * known[INT8][0]
+        found = {}
+        for key, measured in known.items():
+            by = 1.0 if key == FLOAT32 else unit[INT8 if key in self.points else FLOAT32]
+            found[key] = tuple(by * value for value in measured)
+        return found | self._finished
 
     @property
     def pending(self) -> list[str]:
-        """Keys to measure, one after the other, in a random order that is always the same: so the time of a part
-        foretells that of the whole, and a change of the machine meets all layers alike. Every key comes once for each
-        time that it is still to be measured; when they are done there may be more, where measurements disagree."""
-        keys = [*self.points, EMPTY]
-        keys = [keys[i] for i in np.random.default_rng(0).permutation(len(keys))]
+        """Keys to measure, one after the other: the whole networks, then the points in a random order that is always
+        the same, so that the time of a part foretells that of the whole, and a change of the machine meets all layers
+        alike. Every key comes once for each time that it is still to be measured; when they are done there may be more,
+        where measurements disagree."""
+        points = list(self.points)
+        keys = [EMPTY, *self.pruned, *(points[i] for i in np.random.default_rng(0).permutation(len(points)))]
         seen = {key: self._seen(key) for key in keys}
         if rest := [key for visit in range(2) for key in keys if seen[key] <= visit]:
             return rest
         return [key for key in keys if seen[key] == 2 and not self._agrees(key)]
 
     def measure(self, key: str) -> None:
-        """Measure one of `pending` and write it to the log; the whole networks go with the empty run."""
-        found = {key: self._point(self.points[key])} if key in self.points else self._whole()
+        """Measure one of `pending` and write it to the log."""
+        if key == EMPTY:
+            found = self._whole()
+        else:
+            found = {key: self._point(self.points[key]) if key in self.points else self._pruned(key)}
         for name, value in found.items():
             self._visits.setdefault(name, []).append(value)
         self._append(found)
@@ -80,14 +103,15 @@ class Builder:
     def finish(self) -> LatencyTable:
         """Write the table of all points, and remove the log; what it has of others is dropped, as it may have been
         measured once only."""
-        wanted = {name for key in (*self.points, EMPTY) for name in self._names(key)} | set(self._finished)
+        keys = (*self.points, *self.pruned, EMPTY)
+        wanted = {name for key in keys for name in self._names(key)} | set(self._finished)
         table = self._table({name: ms for name, ms in self.times.items() if name in wanted})
         table.write(self.path)
         self.log.unlink(missing_ok=True)
         return table
 
     def _table(self, times: dict[str, Measured]) -> LatencyTable:
-        return LatencyTable(self.runner.device, self.batch, self.image, self.layers, times)
+        return LatencyTable(self.runner.device, self.batch, self.image, self.layers, times, self._shapes)
 
     def _points(self) -> dict[str, Point]:
         grids = (grid for layer in self.layers for p in PRECISIONS for grid in layer.points(p))
@@ -106,33 +130,58 @@ class Builder:
 
     # -- measuring ----------------------------------------------------------------------------------------------------
 
+    @property
+    def _images(self) -> torch.Tensor:
+        return torch.randn(self.batch, *self.image, generator=torch.Generator().manual_seed(0))
+
+    def _file(self, key: str) -> bytes:
+        """A whole network as an ONNX file, written once."""
+        if key not in self._files:
+            policy = unpruned(self.network) if key == INT8 else self.pruned.get(key)
+            made = float_onnx(self.network.module, self._images) if policy is None else int8_onnx(self.network, policy)
+            self._files[key] = made
+        return self._files[key]
+
+    def _start(self, key: str) -> Run:
+        """A whole network, loaded."""
+        return self.runner.start(Subject(self._images.numpy(), self._file(key)))
+
+    @cached_property
+    def _float32(self) -> Run:
+        return self._start(FLOAT32)
+
+    @cached_property
+    def _int8(self) -> Run:
+        return self._start(INT8)
+
     def _point(self, point: Point) -> Measured:
+        """In units of the unpruned int8 network."""
         images = images_of(point, self.batch)
 
         def start(copies: int, poolings: int) -> Run:
             return self.runner.start(Subject(images, model_of(point, copies, poolings)))
 
         more = int(np.clip(round(LONG / warm(start(1, 1))), 1, COPIES))
-        runs = {"one": start(1, 1 + more), "all": start(1 + more, 1)}
+        runs = {"one": start(1, 1 + more), "all": start(1 + more, 1), INT8: self._int8}
         found = interleaved(runs, seconds=self.seconds)
         slope = Times((found["all"].samples - found["one"].samples) / more)
         if slope.median <= 0:  # the noise is larger than the layer
             slope = Times(found["all"].samples / (1 + more))
-        return self._told(slope)
+        return _told(slope.over(found[INT8]))
 
     def _whole(self) -> dict[str, Measured]:
-        images = torch.randn(self.batch, *self.image, generator=torch.Generator().manual_seed(0))
-        subjects = {
-            WHOLE["float32"]: Subject(images.numpy(), float_onnx(self.network.module, images)),
-            WHOLE["int8"]: Subject(images.numpy(), int8_onnx(self.network)),
-            EMPTY: Subject(np.zeros(1, np.float32), empty_model()),
-        }
-        runs = {name: self.runner.start(subject) for name, subject in subjects.items()}
+        """ms per image of the float32 network; the others in units of it."""
+        empty = self.runner.start(Subject(np.zeros(1, np.float32), empty_model()))
+        runs = {FLOAT32: self._float32, INT8: self._int8, EMPTY: empty}
         found = interleaved(runs, seconds=max(2.0, 10 * self.seconds))
-        return {name: self._told(times) for name, times in found.items()}
+        ms = Times(found[FLOAT32].samples / self.batch)
+        return {FLOAT32: _told(ms)} | {key: _told(found[key].over(found[FLOAT32])) for key in (INT8, EMPTY)}
 
-    def _told(self, times: Times) -> Measured:
-        return tuple(value / self.batch for value in (times.median, *times.quartiles))
+    def _pruned(self, key: str) -> Measured:
+        """In units of the float32 network."""
+        runs = {FLOAT32: self._float32, key: self._start(key)}
+        found = interleaved(runs, seconds=max(0.5, 10 * self.seconds))
+        return _told(found[key].over(found[FLOAT32]))
 
     # -- files --------------------------------------------------------------------------------------------------------
 
@@ -178,6 +227,7 @@ class Builder:
             return {}
         table = LatencyTable.read(self.path)
         self._check(table.head, self.path)
+        self._shapes = {**table.pruned, **self._shapes}
         return dict(table.times)
 
     def _check(self, head: Any, path: Path) -> None:
@@ -196,9 +246,5 @@ def _settled(visits: Sequence[Measured]) -> Measured:
     return sorted(visits)[(len(visits) - 1) // 2]
 
 
-def int8_onnx(network: Network) -> bytes:
-    """The unpruned network with 8 bits everywhere, as an ONNX file; ranges are those of noise."""
-    shape = network.example.shape[1:]
-    images = torch.randn(IMAGES, *shape, generator=torch.Generator().manual_seed(0))
-    policy = CompressionPolicy.homogeneous(network, INT8, INT8)
-    return to_onnx(freeze(compress(network, policy, calibrate(network, [(images, None)]))), images)
+def _told(times: Times) -> Measured:
+    return (times.median, *times.quartiles)

@@ -22,8 +22,8 @@ from torch import nn
 from ajpq.console import Screen
 from ajpq.errors import AjpqError
 from ajpq.files import write_text
-from ajpq.latency import EMPTY, WHOLE, LatencyTable
 from ajpq.latency_points import Builder
+from ajpq.latency_table import EMPTY, WHOLE, LatencyTable
 from ajpq.onnx_export import FILE, float_onnx
 from ajpq.shipping import FILE as PACKED
 from ajpq.shipping import load
@@ -59,7 +59,7 @@ def check_settings(cfg: DictConfig) -> None:
         )
     if cfg.table is not None and cfg.runtime == "cuda":
         raise AjpqError("a latency table must be of a runtime of ONNX files, but the runtime is cuda; take onnxruntime")
-    for key, least in (("batch", 1), ("rounds", 5)):
+    for key, least in (("batch", 1), ("rounds", 5), ("pruned", 0)):
         if isinstance(cfg[key], bool) or not isinstance(cfg[key], int) or cfg[key] < least:
             raise AjpqError(f"{key} must be a whole number of at least {least}, but it is {cfg[key]!r}; raise it")
     if isinstance(cfg.seconds, bool) or not isinstance(cfg.seconds, int | float) or not cfg.seconds > 0:
@@ -146,8 +146,8 @@ def _images(shape: tuple[int, ...], batch: int) -> torch.Tensor:
 def _build(cfg: DictConfig, device: Runner, screen: Screen) -> None:
     with screen.stage("trace"):
         network = trace(instantiate(cfg.model, _convert_="all").eval(), _images(_image_shape(cfg), 2))
-    builder = Builder(network, device, Path(cfg.table), cfg.batch, list(cfg.fractions), cfg.seconds)
-    total, pending = len(builder.points) + 1, builder.pending
+    builder = Builder(network, device, Path(cfg.table), cfg.batch, list(cfg.fractions), cfg.seconds, cfg.pruned)
+    total, pending = len(builder.points) + len(builder.pruned) + 1, builder.pending
     known = total - len(set(pending))
     screen.say(f"{device.device}, batch {cfg.batch}, {' x '.join(map(str, builder.image))}: {total} points"
                + (f", of which {known} are measured" if known else ""))  # fmt: skip
@@ -163,17 +163,23 @@ def _build(cfg: DictConfig, device: Runner, screen: Screen) -> None:
 
 
 def _measure(builder: Builder, pending: list[str], screen: Screen) -> None:
-    """The first few points tell how long all will take."""
-    start, probes = time.perf_counter(), min(3, len(pending))
-    for key in pending[:probes]:
-        builder.measure(key)
-    left = (time.perf_counter() - start) / probes * (len(pending) - probes)
+    """A network and three points tell how long all will take; writing a network's file is most of its time."""
+    networks = [i for i, key in enumerate(pending) if key not in builder.points]
+    points = [i for i, key in enumerate(pending) if key in builder.points]
+    left = 0.0
+    for kind, n in ((networks, 1), (points, 3)):
+        start = time.perf_counter()
+        for i in kind[:n]:
+            builder.measure(pending[i])
+        todo = len({pending[i] for i in networks[n:]}) if kind is networks else len(points[n:])
+        left += (time.perf_counter() - start) / n * todo
+    rest = [pending[i] for i in sorted({*networks[1:], *points[3:]})]
     screen.say(
         f"{len(set(pending))} points to measure, {len(pending)} measurements, about {_duration(left)}; a build that is "
         "stopped goes on"
     )
     with screen.stage("table", len(pending)) as advance:
-        for done, key in enumerate(pending[probes:], probes + 1):
+        for done, key in enumerate(rest, len(pending) - len(rest) + 1):
             builder.measure(key)
             advance(done, "")
 

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,8 +23,10 @@ from ajpq.budget import Budget
 from ajpq.cost import Load, loads_of, total
 from ajpq.errors import AjpqError
 from ajpq.explain import CONF
-from ajpq.latency import EMPTY, WHOLE, LatencyTable, LatencyTableCost, layer_grids, never_falling
+from ajpq.latency import LatencyTableCost
 from ajpq.latency_points import Builder
+from ajpq.latency_samples import channels_of, pruned_networks, unpruned
+from ajpq.latency_table import EMPTY, WHOLE, LatencyTable, layer_grids, never_falling
 from ajpq.network import Network
 from ajpq.one_layer import PRECISIONS, Point, Shape, model_of
 from ajpq.one_layer import images_of as inputs_of
@@ -205,6 +207,52 @@ def test_grids_keep_to_multiples_and_groups() -> None:
     assert grids["e"] == ([32, 48, 96], [9]), "what cannot be pruned is measured whole"
 
 
+def fitted_table(network: Network, path: Path, n: int, of: Callable[[Point], float]) -> list[float]:
+    """Relative errors for 20 policies, of a table whose layers take `rising` alone and `of` within a network, of which
+    n pruned ones and the whole ones were measured."""
+    table = made(network, path)
+    grids = {layer.name: layer for layer in table.layers}
+
+    def taken(channels: Mapping[str, tuple[int, int]], precision: str) -> float:
+        points = (Point(grids[name].calls[0], i, o, precision) for name, (i, o) in channels.items())
+        return sum(of(point) for point in points)
+
+    samples = {key: channels_of(network, policy) for key, policy in pruned_networks(network, n + 20).items()}
+    pruned = dict(list(samples.items())[:n])
+    original = channels_of(network, unpruned(network))
+    times = {**table.times, **{key: (taken(channels, "int8"),) * 3 for key, channels in pruned.items()}}
+    times |= {key: (taken(original, precision),) * 3 for precision, key in WHOLE.items()}
+    replace(table, times=times, pruned=pruned).write(path)
+    cost, errors = LatencyTableCost(path), []
+    for key, policy in list(pruned_networks(network, n + 20).items())[n:]:
+        errors.append(abs(total(cost, network, policy) / taken(samples[key], "int8") - 1))
+    assert total(cost, network, unpruned(network)) == pytest.approx(taken(original, "int8"))
+    return errors
+
+
+def test_pruned_networks_tell_what_layers_take_within_them(tmp_path: Path) -> None:
+    network = traced(
+        lambda m, x: m.c(m.e(m.d(m.b(m.a(x)))).mean((2, 3))), (3, 12, 12),
+        a=nn.Conv2d(3, 64, 3), b=nn.Conv2d(64, 128, 1), d=nn.Conv2d(128, 128, 3, groups=128),
+        e=nn.Conv2d(128, 96, 1), c=nn.Linear(96, 10),
+    )  # fmt: skip
+
+    def within(point: Point) -> float:
+        """What is read and written takes time, weights come from afar, and 1x1 convolutions are faster than alone."""
+        pixels = np.prod(point.shape.out_hw) if point.shape.kind != "linear" else 1
+        factor = 0.5 if point.shape.kernel == (1, 1) and point.shape.kind == "conv" else 1.0
+        more = 2e-3 * pixels * point.outputs + 3e-4 * point.inputs * point.outputs
+        return rising(point) * factor + more * (4 if point.precision == "float32" else 1)
+
+    without = fitted_table(network, tmp_path / "t.json", 0, within)
+    found = fitted_table(network, tmp_path / "u.json", 12, within)
+    assert np.median(found) < 0.02 and np.median(without) > 3 * np.median(found), (found, without)
+
+
+def test_layers_that_add_up_are_left_as_they_are(net: Network, tmp_path: Path) -> None:
+    assert max(fitted_table(net, tmp_path / "t.json", 12, rising)) < 1e-6
+
+
 # -- refused ----------------------------------------------------------------------------------------------------------
 
 
@@ -245,8 +293,10 @@ def test_what_is_no_table_is_refused(text: str, tmp_path: Path) -> None:
 # -- building ---------------------------------------------------------------------------------------------------------
 
 
-def builder(network: Network, path: Path, fractions: tuple[float, ...] = (1.0,), batch: int = 1) -> Builder:
-    return Builder(network, runner("onnxruntime"), path, batch, fractions, 0.001)
+def builder(
+    network: Network, path: Path, fractions: tuple[float, ...] = (1.0,), batch: int = 1, pruned: int = 0
+) -> Builder:
+    return Builder(network, runner("onnxruntime"), path, batch, fractions, 0.001, pruned)
 
 
 def test_killed_build_measures_nothing_twice(net: Network, tmp_path: Path) -> None:
@@ -274,6 +324,20 @@ def test_killed_build_measures_nothing_twice(net: Network, tmp_path: Path) -> No
     assert total(cost, net, original) >= total(cost, net, CompressionPolicy.homogeneous(net, 8, 8)) > 0
 
 
+def test_what_is_measured_is_a_multiple_of_the_float32_network(net: Network, tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    first = builder(net, path, pruned=1)
+    point = next(iter(first.points))
+    head = json.dumps(first._table({}).head)
+    rows = [[point, 0.1, 0.1, 0.2], [WHOLE["float32"], 20, 15, 25], [WHOLE["int8"], 0.25, 0.2, 0.3]]
+    rows += [[EMPTY, 0.01, 0, 0.02], ["pruned 0", 0.125, 0.125, 0.125], [WHOLE["float32"], 8, 8, 8]]
+    first.log.write_text("".join(json.dumps(row) + "\n" for row in [json.loads(head), *rows]))
+    assert builder(net, path, pruned=1).times == {
+        point: (0.2, 0.2, 0.4), WHOLE["float32"]: (8, 8, 8), WHOLE["int8"]: (2.0, 1.6, pytest.approx(2.4)),
+        EMPTY: (0.08, 0, 0.16), "pruned 0": (1.0, 1.0, 1.0),
+    }  # fmt: skip
+
+
 def test_a_moment_of_a_busy_machine_does_not_enter_the_table(net: Network, tmp_path: Path, monkeypatch) -> None:
     path, moments = tmp_path / "t.json", iter([1.0, 30.0, 1.1, 0.9, 1.05, 1.2])  # of one point, in this order
     first = builder(net, path)
@@ -284,6 +348,7 @@ def test_a_moment_of_a_busy_machine_does_not_enter_the_table(net: Network, tmp_p
         return ms, ms / 2, ms * 2
 
     monkeypatch.setattr(Builder, "_point", told)
+    monkeypatch.setattr(Builder, "_whole", lambda self: dict.fromkeys((*WHOLE.values(), EMPTY), (1.0, 1.0, 1.0)))
     for key in first.pending:
         if key != EMPTY:
             first.measure(key)
@@ -318,6 +383,15 @@ def test_finished_table_is_completed(net: Network, tmp_path: Path) -> None:
     assert len(more) == 2 * 2 * (1 + 3 + 1)
 
 
+def test_table_keeps_its_pruned_networks_when_it_is_completed(net: Network, tmp_path: Path) -> None:
+    table = made(net, tmp_path / "t.json", fractions=(1.0,))
+    shapes = {key: channels_of(net, policy) for key, policy in pruned_networks(net, 2).items()}
+    replace(table, times=table.times | dict.fromkeys(shapes, (1.0,) * 3), pruned=shapes).write(tmp_path / "t.json")
+    assert builder(net, tmp_path / "t.json").finish().pruned == shapes
+    more = builder(net, tmp_path / "t.json", pruned=3)
+    assert set(more.pending) == {"pruned 2"}
+
+
 def test_table_of_something_else_is_not_replaced(net: Network, tmp_path: Path) -> None:
     made(net, tmp_path / "t.json")
     with pytest.raises(AjpqError, match="of another network;"):
@@ -334,10 +408,10 @@ def test_table_of_something_else_is_not_replaced(net: Network, tmp_path: Path) -
 
 def test_command_builds_and_search_is_limited(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "tables" / "digits.json"
-    cfg = settings(f"table={path}", "image=[1,8,8]", "seconds=0.001", "fractions=[1]")
+    cfg = settings(f"table={path}", "image=[1,8,8]", "seconds=0.001", "fractions=[1]", "pruned=1")
     profiling.run(cfg, tmp_path)
     said = capsys.readouterr().out
-    assert "17 points to measure, 34 measurements, about" in said and "written to" in said and "table 34/34" in said
+    assert "18 points to measure, 36 measurements, about" in said and "written to" in said and "table 36/36" in said
     profiling.run(cfg, tmp_path)
     assert "to measure" not in capsys.readouterr().out
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
