@@ -22,7 +22,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 ALONE = "alone"  # first word of the coefficients of times
-RIDGE = 0.06  # an error of 3 % in the time of a network weighs as much as one of 50 % in a coefficient: our choice
+RIDGE = 0.12  # 3 % of a network's time weigh as much as 25 % of an `a`, or of the network in b, c or d: our choice
 UNPRUNED = 10.0  # weight of the unpruned network, whose time is the unit of every budget: our choice
 
 
@@ -37,10 +37,11 @@ class Layer(Protocol):
 
 @dataclass(frozen=True)
 class Whole:
-    """A network that was measured. ms: without what a call of the runtime takes; channels: layer name -> inputs of a
-    kernel, kernels."""
+    """A network that was measured. ms: without what a call of the runtime takes; measured: with it, what errors are
+    relative to; channels: layer name -> inputs of a kernel, kernels."""
 
     ms: float
+    measured: float
     channels: Mapping[str, tuple[int, int]]
 
 
@@ -61,11 +62,12 @@ class Fit:
         names = sorted({name for grids in self.parts.values() for name in grids})
         start = np.array([(prior or {}).get(name, float(name.startswith(ALONE))) for name in names])
         rows = np.array([[self._added(layers, name, whole.channels) for name in names] for whole in wholes])
-        ms, weights = np.array([whole.ms for whole in wholes]), np.ones(len(wholes))
-        weights[0] = UNPRUNED
+        ms = np.array([whole.ms for whole in wholes])
+        weights = np.array([1 / whole.measured for whole in wholes])
+        weights[0] *= UNPRUNED
         size = [1 if name.startswith(ALONE) else of_all / ms[0] for name, of_all in zip(names, rows[0], strict=True)]
-        matrix = np.vstack([rows * (weights / ms)[:, None], RIDGE * np.diag(size)])
-        found, _ = nnls(matrix, np.concatenate([weights, RIDGE * np.array(size) * start]))
+        matrix = np.vstack([rows * weights[:, None], RIDGE * np.diag(size)])
+        found, _ = nnls(matrix, np.concatenate([weights * ms, RIDGE * np.array(size) * start]))
         found *= ms[0] / (rows[0] @ found)
         self.coefficients = dict(zip(names, found.tolist(), strict=True))
 
@@ -78,11 +80,11 @@ class Fit:
         }
 
     def _added(self, layers: Sequence[Layer], name: str, channels: Mapping[str, tuple[int, int]]) -> float:
-        """A part of all layers of a network; what keeps no kernel takes no time."""
+        """A part of all layers of a network."""
         found = 0.0
         for layer in layers:
             grid, (inputs, outputs) = self.parts[layer.name].get(name), channels[layer.name]
-            if outputs and grid is not None:
+            if grid is not None:
                 found += _between(layer, grid, inputs, outputs)
         return found
 

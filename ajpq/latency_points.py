@@ -16,18 +16,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from ajpq.calibration import Calibration, calibrate
 from ajpq.errors import AjpqError
 from ajpq.files import sync
-from ajpq.latency_samples import channels_of, int8_onnx, pruned_networks, unpruned
+from ajpq.latency_samples import channels_of, int8_onnx, noise, pruned_networks, unpruned
 from ajpq.latency_table import EMPTY, WHOLE, LatencyTable, layer_grids
 from ajpq.network import Network
 from ajpq.one_layer import PRECISIONS, Point, empty_model, images_of, model_of
 from ajpq.onnx_export import float_onnx
-from ajpq.timing import Run, Runner, Subject, Times, interleaved, warm
+from ajpq.timing import Run, Runner, Subject, Times, interleaved, passes_of, warm
 
 LONG = 5e-4  # seconds that all copies of a layer should take, so that they can be told from the noise: our choice
 COPIES = 16  # of a layer in one model, at most
-PRUNED = 12  # networks that are fitted to, twice as many as coefficients: our choice
+PRUNED = 12  # networks that are fitted to, for up to seven coefficients: our choice
 ALIKE = 1.25  # ratio of two measurements, at most, that are taken to agree: our choice
 FLOAT32, INT8 = (WHOLE[precision] for precision in PRECISIONS)
 Measured = tuple[float, float, float]  # median, lower and upper quartile
@@ -37,10 +38,11 @@ class Builder:
     """The work that a table needs. Its keys are points of layers, pruned networks, and EMPTY, with which the unpruned
     networks go. Every key is measured twice, at two times far apart, and once more where these disagree by more than
     `ALIKE`; the smaller of two counts, the middle one of three. One moment in which the machine was busy with something
-    else then spoils nothing: a search would find it.
+    else then spoils little: a search would find it.
 
     runner: of ONNX files. batch: images of a run. fractions: of the channels, see `layer_grids`. seconds: spent on
-        every measurement, beside what it takes to load it. pruned: networks to fit to.
+        every measurement of a point, beside what it takes to load it, and at least five passes of the int8 network;
+        whole networks take ten times as long, or half a second. pruned: networks to fit to.
     path: of the table. What is measured goes line by line to `path`.points, from where a killed build goes on; with the
         table written that file goes away. A table that is there already is completed, so that fractions can be added.
     Raises AjpqError where `path` has a table, or points, of another network, device or batch.
@@ -61,20 +63,20 @@ class Builder:
         self._finished = self._in_table()
         self._visits = self._in_log()
         self.points = self._points()
-        self._files: dict[str, bytes] = {}
+        self._files: dict[str, bytes] = {}  # of pruned networks, for the second time
 
     @property
     def times(self) -> dict[str, Measured]:
         """What is known so far, ms per image; nothing before the unpruned networks are."""
         known = {key: _settled(visits) for key, visits in self._visits.items()}
-        if FLOAT32 not in self._finished and FLOAT32 not in known:
-            return {}
-        unit = {FLOAT32: self._finished.get(FLOAT32, known.get(FLOAT32))[0]}
-        unit[INT8] = self._finished[INT8][0] if INT8 in self._finished else unit[FLOAT32] * known[INT8][0]
-        found = {}
-        for key, measured in known.items():
-            by = 1.0 if key == FLOAT32 else unit[INT8 if key in self.points else FLOAT32]
-            found[key] = tuple(by * value for value in measured)
+        unit = {key: self._finished[key][0] for key in WHOLE.values() if key in self._finished}
+        if not unit and {FLOAT32, INT8} <= set(known):
+            unit = {FLOAT32: known[FLOAT32][0], INT8: known[FLOAT32][0] * known[INT8][0]}
+        if not unit:
+            return self._finished
+        by = {FLOAT32: 1.0} | dict.fromkeys((INT8, EMPTY, *self.pruned), unit[FLOAT32])
+        by |= dict.fromkeys(self.points, unit[INT8])
+        found = {key: tuple(by[key] * value for value in known[key]) for key in by if key in known}
         return found | self._finished
 
     @property
@@ -103,9 +105,7 @@ class Builder:
     def finish(self) -> LatencyTable:
         """Write the table of all points, and remove the log; what it has of others is dropped, as it may have been
         measured once only."""
-        keys = (*self.points, *self.pruned, EMPTY)
-        wanted = {name for key in keys for name in self._names(key)} | set(self._finished)
-        table = self._table({name: ms for name, ms in self.times.items() if name in wanted})
+        table = self._table(self.times)
         table.write(self.path)
         self.log.unlink(missing_ok=True)
         return table
@@ -134,40 +134,40 @@ class Builder:
     def _images(self) -> torch.Tensor:
         return torch.randn(self.batch, *self.image, generator=torch.Generator().manual_seed(0))
 
-    def _file(self, key: str) -> bytes:
-        """A whole network as an ONNX file, written once."""
-        if key not in self._files:
-            policy = unpruned(self.network) if key == INT8 else self.pruned.get(key)
-            made = float_onnx(self.network.module, self._images) if policy is None else int8_onnx(self.network, policy)
-            self._files[key] = made
-        return self._files[key]
+    def _start(self, model: bytes) -> Run:
+        """Load a whole network."""
+        return self.runner.start(Subject(self._images.numpy(), model))
 
-    def _start(self, key: str) -> Run:
-        """A whole network, loaded."""
-        return self.runner.start(Subject(self._images.numpy(), self._file(key)))
+    @cached_property
+    def _ranges(self) -> Calibration:
+        return calibrate(self.network, [(noise(self.network), None)])
 
     @cached_property
     def _float32(self) -> Run:
-        return self._start(FLOAT32)
+        return self._start(float_onnx(self.network.module, self._images))
 
     @cached_property
     def _int8(self) -> Run:
-        return self._start(INT8)
+        return self._start(int8_onnx(self.network, unpruned(self.network), self._ranges))
+
+    @cached_property
+    def _warmed(self) -> dict[str, int]:
+        return {INT8: passes_of(self._int8)}
 
     def _point(self, point: Point) -> Measured:
         """In units of the unpruned int8 network."""
-        images = images_of(point, self.batch)
+        images, warmed = images_of(point, self.batch), self._warmed
 
         def start(copies: int, poolings: int) -> Run:
             return self.runner.start(Subject(images, model_of(point, copies, poolings)))
 
         more = int(np.clip(round(LONG / warm(start(1, 1))), 1, COPIES))
-        runs = {"one": start(1, 1 + more), "all": start(1 + more, 1), INT8: self._int8}
-        found = interleaved(runs, seconds=self.seconds)
-        slope = Times((found["all"].samples - found["one"].samples) / more)
+        runs = {"one": start(1, 1 + more), INT8: self._int8, "all": start(1 + more, 1)}  # both follow it in turns
+        found = interleaved(runs, seconds=self.seconds, warmed=warmed)
+        slope = Times((found["all"].samples - found["one"].samples) / more).over(found[INT8])
         if slope.median <= 0:  # the noise is larger than the layer
-            slope = Times(found["all"].samples / (1 + more))
-        return _told(slope.over(found[INT8]))
+            slope = Times(found["all"].samples / (1 + more)).over(found[INT8])
+        return _told(slope)
 
     def _whole(self) -> dict[str, Measured]:
         """ms per image of the float32 network; the others in units of it."""
@@ -179,7 +179,9 @@ class Builder:
 
     def _pruned(self, key: str) -> Measured:
         """In units of the float32 network."""
-        runs = {FLOAT32: self._float32, key: self._start(key)}
+        if key not in self._files:
+            self._files[key] = int8_onnx(self.network, self.pruned[key], self._ranges)
+        runs = {FLOAT32: self._float32, key: self._start(self._files[key])}
         found = interleaved(runs, seconds=max(0.5, 10 * self.seconds))
         return _told(found[key].over(found[FLOAT32]))
 
@@ -227,7 +229,7 @@ class Builder:
             return {}
         table = LatencyTable.read(self.path)
         self._check(table.head, self.path)
-        self._shapes = {**table.pruned, **self._shapes}
+        self._shapes = {**self._shapes, **table.pruned}
         return dict(table.times)
 
     def _check(self, head: Any, path: Path) -> None:

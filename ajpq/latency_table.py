@@ -30,7 +30,7 @@ from ajpq.one_layer import PRECISIONS, Point, Shape, calls_of
 from ajpq.timing import Device
 
 VERSION = 5  # of what is measured and how; since 5 in turns with whole networks, and pruned ones, too
-LEAST = 1e-6  # ms of a whole network beyond the empty run
+LEAST = 1e-6  # share of a whole network that its layers take, whatever the empty run took
 BLOCK = 16  # channels that processors with AVX-512 compute together
 EMPTY, WHOLE = "empty", {name: f"whole {name}" for name in PRECISIONS}  # keys of times beside those of points
 _FACTS = ("kind", "c_in", "c_out", "groups", "kernel", "stride", "out_hw", "positions")
@@ -102,7 +102,8 @@ class LatencyTable:
         return {name: never_falling(grid) for name, grid in found.items()}
 
     def _whole(self, key: str, channels: Mapping[str, tuple[int, int]]) -> Whole:
-        return Whole(max(self.times[key][0] - self.times[EMPTY][0], LEAST), channels)
+        measured = self.times[key][0]
+        return Whole(max(measured - self.times[EMPTY][0], LEAST * measured), measured, channels)
 
     @property
     def head(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from hydra.utils import instantiate
@@ -163,24 +164,26 @@ def _build(cfg: DictConfig, device: Runner, screen: Screen) -> None:
 
 
 def _measure(builder: Builder, pending: list[str], screen: Screen) -> None:
-    """A network and three points tell how long all will take; writing a network's file is most of its time."""
+    """A network and three points tell how long all will take; writing a network's file is most of its time, and the
+    first of the points may load what all are measured with."""
     networks = [i for i, key in enumerate(pending) if key not in builder.points]
     points = [i for i, key in enumerate(pending) if key in builder.points]
-    left = 0.0
-    for kind, n in ((networks, 1), (points, 3)):
+    probes, spent = [*networks[:1], *points[:3]], {}
+    for i in probes:
         start = time.perf_counter()
-        for i in kind[:n]:
-            builder.measure(pending[i])
-        todo = len({pending[i] for i in networks[n:]}) if kind is networks else len(points[n:])
-        left += (time.perf_counter() - start) / n * todo
-    rest = [pending[i] for i in sorted({*networks[1:], *points[3:]})]
+        builder.measure(pending[i])
+        spent[i] = time.perf_counter() - start
+    rest = [i for i in range(len(pending)) if i not in spent]
+    files = {pending[i] for i in networks} - {pending[i] for i in probes}
+    left = sum(spent[i] for i in networks[:1]) * len(files)
+    left += float(np.median([spent[i] for i in points[:3]] or [0.0])) * len(points[3:])
     screen.say(
         f"{len(set(pending))} points to measure, {len(pending)} measurements, about {_duration(left)}; a build that is "
         "stopped goes on"
     )
     with screen.stage("table", len(pending)) as advance:
-        for done, key in enumerate(rest, len(pending) - len(rest) + 1):
-            builder.measure(key)
+        for done, i in enumerate(rest, len(pending) - len(rest) + 1):
+            builder.measure(pending[i])
             advance(done, "")
 
 

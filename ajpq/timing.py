@@ -196,13 +196,17 @@ class Times:
         return f"{self.median:.4g} ({low:.4g} to {high:.4g})"
 
 
-def interleaved(runs: Mapping[str, Run], rounds: int | None = None, seconds: float = 1.0) -> dict[str, Times]:
+def interleaved(
+    runs: Mapping[str, Run], rounds: int | None = None, seconds: float = 1.0, warmed: Mapping[str, int] | None = None
+) -> dict[str, Times]:
     """Time several networks in turns, so that all of them see the same moods of the machine.
 
     In every round each network gives one sample: the mean of so many passes in a row that they take `SAMPLE` seconds or
     more. Every other round goes backwards. rounds: at least 1; by default as many as fit in `seconds`, at least 5.
+    warmed: networks that are warm already, and their `passes_of`.
     """
-    passes = {name: max(1, round(SAMPLE / warm(run))) for name, run in runs.items()}
+    known = warmed or {}
+    passes = {name: known[name] if name in known else passes_of(run) for name, run in runs.items()}
     found: dict[str, list[float]] = {name: [] for name in runs}
     end, done = time.perf_counter() + seconds, 0
     while done < rounds if rounds else done < 5 or time.perf_counter() < end:
@@ -210,6 +214,11 @@ def interleaved(runs: Mapping[str, Run], rounds: int | None = None, seconds: flo
             found[name].append(_sample(runs[name], passes[name]) * 1e3)
         done += 1
     return {name: Times(np.array(samples)) for name, samples in found.items()}
+
+
+def passes_of(run: Run) -> int:
+    """How many passes in a row make a sample; the network is warm then."""
+    return max(1, round(SAMPLE / warm(run)))
 
 
 def warm(run: Run) -> float:

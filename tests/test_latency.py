@@ -17,7 +17,7 @@ from nets import images_of, network_of, random_policy, traced
 from test_timing import settings
 from torch import nn
 
-from ajpq import profiling
+from ajpq import latency_points, profiling
 from ajpq.architecture import check_differentiable
 from ajpq.budget import Budget
 from ajpq.cost import Load, loads_of, total
@@ -34,7 +34,7 @@ from ajpq.padding import padded_alive
 from ajpq.policy import CompressionPolicy
 from ajpq.testing import check_cost_model
 from ajpq.testing.problems import small_network
-from ajpq.timing import runner
+from ajpq.timing import Run, Times, runner
 
 FRACTIONS = (0.25, 0.5, 1.0)
 
@@ -77,6 +77,15 @@ def three_layers(shape: tuple[int, ...] = (3, 8, 8)) -> Network:
     return traced(
         lambda m, x: m.last(torch.relu(m.b(torch.relu(m.a(x)))).mean((2, 3))), shape,
         a=nn.Conv2d(3, 16, 3), b=nn.Conv2d(16, 32, 3), last=nn.Linear(32, 10),
+    )  # fmt: skip
+
+
+def five_layers() -> Network:
+    """Of all kinds, and with many widths."""
+    return traced(
+        lambda m, x: m.c(m.e(m.d(m.b(m.a(x)))).mean((2, 3))), (3, 12, 12),
+        a=nn.Conv2d(3, 64, 3), b=nn.Conv2d(64, 128, 1), d=nn.Conv2d(128, 128, 3, groups=128),
+        e=nn.Conv2d(128, 96, 1), c=nn.Linear(96, 10),
     )  # fmt: skip
 
 
@@ -231,11 +240,7 @@ def fitted_table(network: Network, path: Path, n: int, of: Callable[[Point], flo
 
 
 def test_pruned_networks_tell_what_layers_take_within_them(tmp_path: Path) -> None:
-    network = traced(
-        lambda m, x: m.c(m.e(m.d(m.b(m.a(x)))).mean((2, 3))), (3, 12, 12),
-        a=nn.Conv2d(3, 64, 3), b=nn.Conv2d(64, 128, 1), d=nn.Conv2d(128, 128, 3, groups=128),
-        e=nn.Conv2d(128, 96, 1), c=nn.Linear(96, 10),
-    )  # fmt: skip
+    network = five_layers()
 
     def within(point: Point) -> float:
         """What is read and written takes time, weights come from afar, and 1x1 convolutions are faster than alone."""
@@ -249,8 +254,35 @@ def test_pruned_networks_tell_what_layers_take_within_them(tmp_path: Path) -> No
     assert np.median(found) < 0.02 and np.median(without) > 3 * np.median(found), (found, without)
 
 
-def test_layers_that_add_up_are_left_as_they_are(net: Network, tmp_path: Path) -> None:
-    assert max(fitted_table(net, tmp_path / "t.json", 12, rising)) < 1e-6
+def test_networks_as_fast_as_an_empty_run_do_not_spoil_the_others(net: Network, tmp_path: Path) -> None:
+    table = made(net, tmp_path / "t.json", empty=5.0)
+    shapes = {key: channels_of(net, policy) for key, policy in pruned_networks(net, 1).items()}
+    replace(table, times=table.times | dict.fromkeys(shapes, (5.0,) * 3), pruned=shapes).write(tmp_path / "t.json")
+    cost, low = LatencyTableCost(tmp_path / "t.json"), next(iter(pruned_networks(net, 1).values()))
+    whole = total(cost, net, unpruned(net))
+    assert whole == pytest.approx(table.times[WHOLE["int8"]][0])
+    assert 5.0 < total(cost, net, low) < 5.0 + 0.8 * (whole - 5.0)
+
+
+def test_pruned_networks_differ_and_starve_nothing() -> None:
+    sliced = traced(
+        lambda m, x: (m.d((y := m.t(x))[:, :2]), m.e(y[:, 2:])), t=nn.Conv2d(3, 64, 1), d=nn.Conv2d(2, 32, 1),
+        e=nn.Conv2d(62, 32, 1),
+    )  # fmt: skip
+    alone = traced(lambda m, x: m.a(x), a=nn.Conv2d(3, 64, 1))  # nothing can be pruned
+    found = []
+    for network in (sliced, five_layers(), three_layers(), alone):
+        policies = pruned_networks(network, 12)
+        shapes = [channels_of(network, policy) for policy in (unpruned(network), *policies.values())]
+        assert all(shapes.count(shape) == 1 for shape in shapes)
+        for policy in policies.values():
+            policy.validate(network)
+        found.append(len(policies))
+    assert found[0] > 1 and found[1:] == [12, 1, 0], "as many as wanted, or all there are"
+
+
+def test_layers_that_add_up_are_left_as_they_are(tmp_path: Path) -> None:
+    assert max(fitted_table(five_layers(), tmp_path / "t.json", 12, rising)) < 1e-6
 
 
 # -- refused ----------------------------------------------------------------------------------------------------------
@@ -338,6 +370,32 @@ def test_what_is_measured_is_a_multiple_of_the_float32_network(net: Network, tmp
     }  # fmt: skip
 
 
+def test_what_is_timed_is_divided_by_what_it_took_turns_with(net: Network, tmp_path: Path, monkeypatch) -> None:
+    """A machine that is three times as slow in every other round, and images by twos."""
+    taken = {WHOLE["float32"]: 24.0, WHOLE["int8"]: 8.0, EMPTY: 0.4, "pruned 0": 6.0, "one": 2.0, "all": 2.5}
+
+    def slow_now_and_then(runs: Mapping[str, Run], **_: object) -> dict[str, Times]:
+        for run in runs.values():
+            run()
+        return {key: Times(taken[key] * np.array([1.0, 3.0, 1.0, 3.0, 1.0])) for key in runs}
+
+    monkeypatch.setattr(latency_points, "interleaved", slow_now_and_then)
+    monkeypatch.setattr(latency_points, "warm", lambda run: latency_points.LONG)
+    first = builder(net, tmp_path / "t.json", batch=2, pruned=1)
+    assert first.pending[0] == EMPTY
+    for key in first.pending[: len(set(first.pending))]:
+        assert set(first.times) <= {*first.points, *WHOLE.values(), EMPTY, "pruned 0"}
+        first.measure(key)
+    ms = {key: median for key, (median, *_) in first.times.items()}
+    assert ms.pop(WHOLE["float32"]) == 12 and ms.pop(WHOLE["int8"]) == pytest.approx(4)
+    assert ms.pop(EMPTY) == pytest.approx(0.2) and ms.pop("pruned 0") == pytest.approx(3)
+    assert ms == dict.fromkeys(first.points, pytest.approx(0.25))
+    text = first.log.read_text()
+    first.log.write_text(text[: text.index(f'["{WHOLE["int8"]}"')])  # killed between two rows of the whole networks
+    again = builder(net, tmp_path / "t.json", batch=2, pruned=1)
+    assert again.times == {} and again.pending[0] == EMPTY
+
+
 def test_a_moment_of_a_busy_machine_does_not_enter_the_table(net: Network, tmp_path: Path, monkeypatch) -> None:
     path, moments = tmp_path / "t.json", iter([1.0, 30.0, 1.1, 0.9, 1.05, 1.2])  # of one point, in this order
     first = builder(net, path)
@@ -383,7 +441,8 @@ def test_finished_table_is_completed(net: Network, tmp_path: Path) -> None:
     assert len(more) == 2 * 2 * (1 + 3 + 1)
 
 
-def test_table_keeps_its_pruned_networks_when_it_is_completed(net: Network, tmp_path: Path) -> None:
+def test_table_keeps_its_pruned_networks_when_it_is_completed(tmp_path: Path) -> None:
+    net = five_layers()
     table = made(net, tmp_path / "t.json", fractions=(1.0,))
     shapes = {key: channels_of(net, policy) for key, policy in pruned_networks(net, 2).items()}
     replace(table, times=table.times | dict.fromkeys(shapes, (1.0,) * 3), pruned=shapes).write(tmp_path / "t.json")
