@@ -85,7 +85,7 @@ class Fit:
         for layer in layers:
             grid, (inputs, outputs) = self.parts[layer.name].get(name), channels[layer.name]
             if grid is not None:
-                found += _between(layer, grid, inputs, outputs)
+                found += between(layer, grid, inputs, outputs)
         return found
 
 
@@ -102,7 +102,7 @@ def _parts(layer: Layer, alone: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def _between(layer: Layer, grid: np.ndarray, inputs: float, outputs: float) -> float:
-    """Bilinear, as `ajpq.latency` looks it up."""
+def between(layer: Layer, grid: np.ndarray, inputs: float, outputs: float) -> float:
+    """A value of a grid, bilinear, as `ajpq.latency` looks it up."""
     rows = [np.interp(outputs, layer.outputs, row) for row in grid]
     return float(np.interp(inputs, layer.inputs, rows))

@@ -24,7 +24,7 @@ import numpy as np
 
 from ajpq.errors import AjpqError
 from ajpq.files import write_text
-from ajpq.latency_fit import Fit, Whole
+from ajpq.latency_fit import Fit, Whole, between
 from ajpq.network import LayerSpec, Network
 from ajpq.one_layer import PRECISIONS, Point, Shape, calls_of
 from ajpq.timing import Device
@@ -100,6 +100,15 @@ class LatencyTable:
         found = {name: np.stack([high.grids[name], low.grids[name]]) for name in alone}
         found[self.layers[0].name] += self.times[EMPTY][0]
         return {name: never_falling(grid) for name, grid in found.items()}
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """Pruned network -> relative error of its prediction, which was fitted to it."""
+        found = {}
+        for key, channels in self.pruned.items():
+            ms = sum(between(layer, self.grids[layer.name][1], *channels[layer.name]) for layer in self.layers)
+            found[key] = ms / self.times[key][0] - 1
+        return found
 
     def _whole(self, key: str, channels: Mapping[str, tuple[int, int]]) -> Whole:
         measured = self.times[key][0]

@@ -233,6 +233,9 @@ def fitted_table(network: Network, path: Path, n: int, of: Callable[[Point], flo
     times |= {key: (taken(original, precision),) * 3 for precision, key in WHOLE.items()}
     replace(table, times=times, pruned=pruned).write(path)
     cost, errors = LatencyTableCost(path), []
+    for key, error in cost.table.errors.items():
+        policy = pruned_networks(network, n)[key]
+        assert error == pytest.approx(total(cost, network, policy) / taken(samples[key], "int8") - 1)
     for key, policy in list(pruned_networks(network, n + 20).items())[n:]:
         errors.append(abs(total(cost, network, policy) / taken(samples[key], "int8") - 1))
     assert total(cost, network, unpruned(network)) == pytest.approx(taken(original, "int8"))
@@ -471,6 +474,7 @@ def test_command_builds_and_search_is_limited(tmp_path: Path, capsys: pytest.Cap
     profiling.run(cfg, tmp_path)
     said = capsys.readouterr().out
     assert "18 points to measure, 36 measurements, about" in said and "written to" in said and "table 36/36" in said
+    assert "networks pruned at random in int8 (1) are predicted within" in said
     profiling.run(cfg, tmp_path)
     assert "to measure" not in capsys.readouterr().out
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
