@@ -1,6 +1,7 @@
 """The job of `ajpq-profile`: how fast a network is on this machine, and the latency table that a search needs.
 
 ajpq-profile what=FOLDER                      # of a run: its model.onnx against the original
+ajpq-profile what=FOLDER runtime=[onnxruntime,openvino]   # all in turns, ratios to the original on the first
 ajpq-profile what=model model=skynet          # the configured model alone
 ajpq-profile table=FILE model=... data=...    # measures the table of that model; started again, it goes on
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from ajpq.shipping import load
 from ajpq.timing import Runner, Subject, interleaved, runner
 from ajpq.tracing import trace
 
-MODEL, RESULT = "model", "profile.json"
+MODEL, RESULT, CUDA = "model", "profile.json", "cuda"
 
 
 def run(cfg: DictConfig, folder: Path) -> None:
@@ -41,11 +43,11 @@ def run(cfg: DictConfig, folder: Path) -> None:
     """
     screen = Screen()
     check_settings(cfg)
-    device = runner(cfg.runtime, cfg.threads)
+    devices = {name: runner(name, cfg.threads) for name in _runtimes(cfg)}
     if cfg.what is not None:
-        _compare(cfg, device, folder, screen)
+        _compare(cfg, devices, folder, screen)
     if cfg.table is not None:
-        _build(cfg, device, screen)
+        _build(cfg, *devices.values(), screen)
 
 
 def check_settings(cfg: DictConfig) -> None:
@@ -58,8 +60,12 @@ def check_settings(cfg: DictConfig) -> None:
         raise AjpqError(
             f"a latency table must be a file, but {cfg.table} is a folder; write table={cfg.table}/table.json"
         )
-    if cfg.table is not None and cfg.runtime == "cuda":
-        raise AjpqError("a latency table must be of a runtime of ONNX files, but the runtime is cuda; take onnxruntime")
+    if not _runtimes(cfg):
+        raise AjpqError("there must be at least one runtime, but runtime is []; write runtime=onnxruntime")
+    if cfg.table is not None and (len(_runtimes(cfg)) != 1 or _runtimes(cfg) == [CUDA]):
+        raise AjpqError(
+            f"a latency table must be of one runtime of ONNX files, but runtime is {cfg.runtime}; take onnxruntime"
+        )
     for key, least in (("batch", 1), ("rounds", 5), ("pruned", 0)):
         if isinstance(cfg[key], bool) or not isinstance(cfg[key], int) or cfg[key] < least:
             raise AjpqError(f"{key} must be a whole number of at least {least}, but it is {cfg[key]!r}; raise it")
@@ -70,38 +76,44 @@ def check_settings(cfg: DictConfig) -> None:
 # -- what= ------------------------------------------------------------------------------------------------------------
 
 
-def _compare(cfg: DictConfig, device: Runner, folder: Path, screen: Screen) -> None:
-    cuda = cfg.runtime == "cuda"
+def _runtimes(cfg: DictConfig) -> list[str]:
+    return list(cfg.runtime) if OmegaConf.is_list(cfg.runtime) else [cfg.runtime]
+
+
+def _compare(cfg: DictConfig, devices: Mapping[str, Runner], folder: Path, screen: Screen) -> None:
+    """Everything in turns; ratios are to the original on the first runtime."""
     with screen.stage("load"):
-        if cfg.what == MODEL:
-            images = _images(_image_shape(cfg), cfg.batch)
-            subjects = {"original": _subject(instantiate(cfg.model, _convert_="all"), images, cuda)}
-        else:
-            place = Path(cfg.what)
-            shipped = _onnx_in(place)
-            images = _images(_shape_in(shipped), cfg.batch)
-            original = instantiate(_model_of(place, cfg), _convert_="all")
-            subjects = {
-                "original": _subject(original, images, cuda),
-                "shipped": Subject(images.numpy(), shipped, load(place / PACKED) if cuda else None),
-            }
-        runs = {name: device.start(subject) for name, subject in subjects.items()}
+        place = None if cfg.what == MODEL else Path(cfg.what)
+        shipped = None if place is None else _onnx_in(place)
+        shape = _image_shape(cfg) if shipped is None else _shape_in(shipped)
+        images = _images(shape, cfg.batch)
+        original = instantiate(cfg.model if place is None else _model_of(place, cfg), _convert_="all").eval()
+        runs = {}
+        for runtime, device in devices.items():
+            runs["original", runtime] = device.start(_subject(original, images, runtime == CUDA))
+            if shipped is not None:
+                module = load(place / PACKED) if runtime == CUDA else None
+                runs["shipped", runtime] = device.start(Subject(images.numpy(), shipped, module))
     with screen.stage("measure"):
         found = interleaved(runs, cfg.rounds)
-    rows = {name: times.row(cfg.batch) for name, times in found.items()}
-    if len(rows) > 1:
-        rows["ratio"] = found["shipped"].over(found["original"]).row()
-    screen.say(f"{device.device}, batch {cfg.batch}, {cfg.rounds} rounds in turns")
-    for name, row in rows.items():
-        unit = "of the original" if name == "ratio" else "ms per image"
-        screen.say(f"{name:<9} {row['median']:.4g} {unit}, quartiles {row['low']:.4g} to {row['high']:.4g}")
-    report = {"device": asdict(device.device), "batch": cfg.batch, "what": cfg.what, **rows}
+    for device in devices.values():
+        screen.say(f"{device.device}, batch {cfg.batch}, {cfg.rounds} rounds in turns")
+    first, rows = next(iter(found)), []
+    for (network, runtime), times in found.items():
+        ms, ratio = times.row(cfg.batch), times.over(found[first]).row()
+        rows.append({"network": network, "device": asdict(devices[runtime].device), "ms": ms, "ratio": ratio})
+        line = f"{network:<8} {runtime}: {_told(ms)} ms per image"
+        screen.say(line if (network, runtime) == first else f"{line}; {_told(ratio)} of the original on {first[1]}")
+    report = {"what": cfg.what, "batch": cfg.batch, "rounds": cfg.rounds, "networks": rows}
     write_text(folder / RESULT, json.dumps(report, indent=1))
+
+
+def _told(row: Mapping[str, float]) -> str:
+    return f"{row['median']:.4g} (quartiles {row['low']:.4g} to {row['high']:.4g})"
 
 
 def _subject(model: nn.Module, images: torch.Tensor, cuda: bool) -> Subject:
     """A float network as the runtime takes it."""
-    model = model.eval()
     return Subject(images.numpy(), None if cuda else float_onnx(model, images), model if cuda else None)
 
 

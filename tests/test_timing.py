@@ -1,5 +1,6 @@
 """Timing: networks in turns, the models of one layer that tables are measured with, and what= of ajpq-profile."""
 
+import importlib.util
 import json
 from collections import Counter
 from pathlib import Path
@@ -186,18 +187,23 @@ def test_shipped_network_is_measured_against_its_original(tmp_path: Path, capsys
     network, images = network_of("digits_cnn"), images_of("digits_cnn", 8)
     policy = random_policy(network, 0, widths=(4, 8), act_bits=(8,))
     ship(freeze(compress(network, policy, calibrate(network, [(images, None)]))), tmp_path / "run", images=images)
-    profiling.run(settings(f"what={tmp_path / 'run'}", "batch=2"), tmp_path / "out")
+    runtimes = ["onnxruntime", *(name for name in ("openvino",) if importlib.util.find_spec(name))]
+    profiling.run(settings(f"what={tmp_path / 'run'}", "batch=2", f"runtime=[{','.join(runtimes)}]"), tmp_path / "out")
     report = json.loads((tmp_path / "out" / "profile.json").read_text())
-    for name in ("original", "shipped", "ratio"):
-        row = report[name]
-        assert 0 < row["low"] <= row["median"] <= row["high"]
+    pairs = [(row["network"], row["device"]["runtime"]) for row in report["networks"]]
+    assert pairs == [(network, name) for name in runtimes for network in ("original", "shipped")]
+    for row in report["networks"]:
+        assert all(0 < row[key]["low"] <= row[key]["median"] <= row[key]["high"] for key in ("ms", "ratio"))
+    first, second, *_ = report["networks"]
+    assert set(first["ratio"].values()) == {1.0} and second["ratio"]["median"] != 1.0
     said = capsys.readouterr().out
-    assert "ms per image" in said and "of the original" in said and "1 thread, batch 2" in said
+    assert "ms per image" in said and "of the original on onnxruntime" in said and "1 thread, batch 2" in said
 
 
 def test_model_alone_is_measured_at_a_given_size(tmp_path: Path) -> None:
     profiling.run(settings("what=model", "image=[1,8,8]"), tmp_path)
-    assert json.loads((tmp_path / "profile.json").read_text())["original"]["median"] > 0
+    (row,) = json.loads((tmp_path / "profile.json").read_text())["networks"]
+    assert row["network"] == "original" and row["ms"]["median"] > 0
 
 
 @pytest.mark.parametrize(
@@ -209,7 +215,9 @@ def test_model_alone_is_measured_at_a_given_size(tmp_path: Path) -> None:
         (["what=model", "rounds=2"], "rounds"),
         (["what=model", "batch=0"], "batch"),
         (["table=t.json", "seconds=0"], "seconds"),
-        (["table=t.json", "runtime=cuda"], "runtime of ONNX files"),
+        (["table=t.json", "runtime=cuda"], "one runtime of ONNX files"),
+        (["table=t.json", "runtime=[onnxruntime,openvino]"], "one runtime of ONNX files"),
+        (["what=model", "runtime=[]"], "at least one runtime"),
         (["table=."], "must be a file, but . is a folder"),
         (["table=t.json", "image=[1,8,8]", "fractions=[0.5,2]"], "fractions"),
     ],
