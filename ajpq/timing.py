@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import onnx
@@ -23,6 +23,7 @@ from ajpq.quantize import FLOAT
 
 SAMPLE = 2e-3  # seconds that a sample takes at least, by repeating short runs: our choice
 WARM = 5  # samples that are not counted: our choice
+K = TypeVar("K")  # what networks are called
 Run = Callable[[], object]  # one pass of a network over its images
 
 
@@ -197,8 +198,8 @@ class Times:
 
 
 def interleaved(
-    runs: Mapping[str, Run], rounds: int | None = None, seconds: float = 1.0, warmed: Mapping[str, int] | None = None
-) -> dict[str, Times]:
+    runs: Mapping[K, Run], rounds: int | None = None, seconds: float = 1.0, warmed: Mapping[K, int] | None = None
+) -> dict[K, Times]:
     """Time several networks in turns, so that all of them see the same moods of the machine.
 
     In every round each network gives one sample: the mean of so many passes in a row that they take `SAMPLE` seconds or
@@ -207,7 +208,7 @@ def interleaved(
     """
     known = warmed or {}
     passes = {name: known[name] if name in known else passes_of(run) for name, run in runs.items()}
-    found: dict[str, list[float]] = {name: [] for name in runs}
+    found: dict[K, list[float]] = {name: [] for name in runs}
     end, done = time.perf_counter() + seconds, 0
     while done < rounds if rounds else done < 5 or time.perf_counter() < end:
         for name in runs if done % 2 else reversed(runs):
