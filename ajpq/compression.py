@@ -13,7 +13,7 @@ from ajpq.calibration import Calibration, range_of
 from ajpq.errors import AjpqError
 from ajpq.layers import ActQuant, ChannelAffine, FrozenLayer, Geometry, QuantLayer
 from ajpq.network import Network
-from ajpq.outputs import module_of, name_of
+from ajpq.outputs import module_of, name_of, round_as_read
 from ajpq.policy import CompressionPolicy
 from ajpq.quantize import FLOAT
 from ajpq.surgery import shrink
@@ -115,6 +115,7 @@ def freeze(student: fx.GraphModule) -> fx.GraphModule:
         tensor.requires_grad_(False)
     old.delete_all_unused_submodules()
     old.recompile()
+    round_as_read(old)
     return old
 
 

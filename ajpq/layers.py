@@ -115,6 +115,9 @@ class FrozenLayer(nn.Module):
     unit:  the step of an integer sum, float32 (c_out,): that of the kernel times that of the input; None where one of
            them is float
     whole_bias: the bias in units, whole float32 (c_out,); None without one, and where it and a sum do not fit an int32
+    reader: the quantizer that alone reads the output, if one does, set by `ajpq.outputs.round_as_read`. The sum goes to
+            its grid by one factor, ``round(sum * (unit / step))``, as in runtimes: by two, some codes in a million are
+            others, and a deep network ends elsewhere.
     """
 
     def __init__(
@@ -129,6 +132,7 @@ class FrozenLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.geometry, self.act = geometry, act
+        self.reader: tuple[ActQuant, ...] = ()  # none or one; a tuple, as it is a part of another module
         for name, value in (("codes", codes), ("bits", bits), ("scale", scale), ("raw", raw), ("bias", bias)):
             self.register_buffer(name, None if value is None else value.contiguous())
         weight = quantize.decode(self.codes, bits, scale)
@@ -173,7 +177,11 @@ class FrozenLayer(nn.Module):
             return self.geometry.apply(self.act(x), self.weight, self.shift)
         codes = quantize.act_codes(x, self.act.scale, self.act.bits, self.act.signed)
         unit = self.unit.reshape(-1, 1, 1) if self.geometry.conv else self.unit
-        return self.geometry.apply(codes, self._codes, self.whole_bias) * unit
+        sums = self.geometry.apply(codes, self._codes, self.whole_bias)
+        if not self.reader:
+            return sums * unit
+        step = quantize.usable(self.reader[0].scale.abs())
+        return (sums * (unit / step)).round() * step
 
     def extra_repr(self) -> str:
         return f"{tuple(self.codes.shape)}, mean bits={self.bits.float().mean().item():.2f}"

@@ -84,6 +84,21 @@ def quantized_by(network: fx.GraphModule, node: fx.Node) -> ActQuant | None:
     return quantizer_of(network, next(iter(found))) if len(found) == 1 else None
 
 
+def round_as_read(network: fx.GraphModule) -> None:
+    """Tell every integer convolution of a finished network which quantizer alone reads it, in place; see
+    `FrozenLayer.reader`. To be called when layers or their readers are others than before."""
+    found: dict[FrozenLayer, list[ActQuant | None]] = {
+        layer: [] for layer in network.modules() if isinstance(layer, FrozenLayer)
+    }
+    for end in ends(network):
+        node = end
+        while not isinstance(layer := module_of(network, node), FrozenLayer):
+            node = node.args[0]
+        found[layer].append(quantized_by(network, end))
+    for layer, acts in found.items():
+        layer.reader = (acts[0],) if acts and acts[0] is not None and all(act is acts[0] for act in acts) else ()
+
+
 @torch.no_grad()
 def quantize_outputs(network: fx.GraphModule, images: Tensor) -> None:
     """Put an 8-bit quantizer behind every integer convolution that has none, in place.

@@ -14,6 +14,7 @@ from ajpq import graph_json, module_json
 from ajpq.bitstream import VERSION, Reader, Writer
 from ajpq.errors import AjpqError
 from ajpq.layers import ActQuant, ChannelAffine, FrozenLayer, Geometry, QuantLayer
+from ajpq.outputs import round_as_read
 from ajpq.quantize import FLOAT, grid
 
 
@@ -187,7 +188,9 @@ def unpack(parts: Mapping[str, Tensor]) -> fx.GraphModule:
             for p, (dtype, shape) in zip(paths, reader.header["tensors"], strict=True)
         }
         reader.finish()
-        return graph_json.graph_from_json(reader.header, modules, tensors).eval().requires_grad_(False)
+        network = graph_json.graph_from_json(reader.header, modules, tensors).eval().requires_grad_(False)
+        round_as_read(network)
+        return network
     except AjpqError:
         raise
     except Exception as error:  # the data may come from anyone, and then anything can be wrong with it

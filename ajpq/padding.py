@@ -20,7 +20,7 @@ from ajpq.compression import freeze
 from ajpq.errors import AjpqError
 from ajpq.layers import ActQuant, ChannelAffine, FrozenLayer
 from ajpq.network import Network
-from ajpq.outputs import module_of, put
+from ajpq.outputs import module_of, put, round_as_read
 from ajpq.policy import CompressionPolicy
 from ajpq.quantize import FLOAT
 from ajpq.surgery import kept_weights, shrink
@@ -93,6 +93,7 @@ def pad(final: fx.GraphModule, network: Network, policy: CompressionPolicy, mult
     _copy_tensors(final, made, network)
     _copy_output_quantizers(final, made)
     made.recompile()
+    round_as_read(made)
     return made.to(next(final.buffers()).device).eval()
 
 

@@ -27,6 +27,7 @@ from ajpq.network import Network
 from ajpq.onnx_check import DEVIATION, STEP, seen, unit_of
 from ajpq.onnx_export import float_onnx, to_onnx
 from ajpq.onnx_graph import integer_graph
+from ajpq.padding import pad
 from ajpq.report import show
 from ajpq.shipping import load, ship
 from ajpq.tasks import CLASSIFICATION
@@ -85,6 +86,35 @@ def test_runtime_agrees_and_computes_in_integers(name: str, tmp_path: Path) -> N
     assert gates == (9 if name == "mobilenet_v3_small" else 0)  # the second layer of a squeeze-and-excitation gate
     one, _ = run(model, images[:1], tmp_path)
     assert one.shape == (1, 10) and (np.abs(one - packed[:1]) <= one_step(network)).all()
+
+
+def test_a_deep_chain_is_the_runtimes_to_the_last_bit_of_a_float(tmp_path: Path) -> None:
+    """20 layers multiply every code that falls on the other side; with two products instead of one, most outputs of
+    this network are others."""
+    torch.manual_seed(0)
+    parts = {f"l{i}": nn.Conv2d(24 if i else 3, 24, 3 if i % 2 == 0 else 1, padding=i % 2 ^ 1) for i in range(20)}
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        for name in list(parts)[:-1]:
+            x = nn.functional.relu6(getattr(m, name)(x))
+        return getattr(m, list(parts)[-1])(x)
+
+    for part in parts.values():
+        nn.init.kaiming_normal_(part.weight)
+    network, images = traced(forward, (3, 64, 64), **parts), torch.randn(8, 3, 64, 64)
+    final = frozen(network, images, sparsity=0.3, widths=NARROW[3:], act_bits=(8,))
+    found, _ = run(to_onnx(final, images), images, tmp_path)
+    ship(final, tmp_path / "run")
+    policy = random_policy(network, 0, 0.3, NARROW[3:], (8,))
+    for ours in (final, load(tmp_path / "run"), pad(final, network, policy)):
+        assert sum(bool(layer.reader) for layer in layers_of(ours)) == 19
+        with torch.no_grad():
+            np.testing.assert_allclose(ours(images).numpy(), found, rtol=0, atol=1e-5 * np.abs(found).max())
+    for layer in layers_of(final):
+        layer.reader = ()
+    with torch.no_grad():
+        off = np.abs(final(images).numpy() - found).max() / np.abs(found).max()
+    assert off > 1e-3, "so small a network might not show it"
 
 
 @pytest.fixture(scope="module")
