@@ -9,6 +9,7 @@ from torch import Tensor
 from ajpq import quantize
 from ajpq.network import LayerSpec, Network
 from ajpq.quantize import FLOAT
+from ajpq.step_sizes import fit_scale
 
 
 class WeightBank:
@@ -32,7 +33,7 @@ class WeightBank:
         key = layer.name, bits
         if key not in self._scales:
             widths = torch.full((layer.c_out,), bits, dtype=torch.uint8)
-            self._scales[key] = quantize.fit_scale(self.weight(layer), widths)
+            self._scales[key] = fit_scale(self.weight(layer), widths)
         return self._scales[key]
 
     def codes(self, layer: LayerSpec, bits: int) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ajpq import quantize
 from ajpq.layers import QuantLayer
+from ajpq.step_sizes import fit_scale
 
 _WIDEST = 8
 
@@ -40,6 +40,6 @@ class Lowering:
             changed = bits != layer.bits
             if changed.any():
                 layer.bits.copy_(bits)
-                layer.scale.copy_(torch.where(changed, quantize.fit_scale(layer.weight, bits), layer.scale))
+                layer.scale.copy_(torch.where(changed, fit_scale(layer.weight, bits), layer.scale))
                 found.append(layer.scale)
         return found

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from ajpq import quantize
 from ajpq.layers import Geometry
 from ajpq.quantize import FLOAT
+from ajpq.step_sizes import fit_scale
 
 # (weight (c_out, ...), widths, step sizes (K, c_out)) -> weights at each width and what their gradient is multiplied
 # by on its way to `weight`, (K, c_out, ...) both
@@ -180,7 +181,7 @@ class MixedLayer(nn.Module):
         """Fit the step sizes (K, c_out) to the weights as they are now."""
         if self.versions is not rounded:
             return
-        self.scales.copy_(quantize.fit_scale(*_tiled(self.weight, self.widths)).view_as(self.scales))
+        self.scales.copy_(fit_scale(*_tiled(self.weight, self.widths)).view_as(self.scales))
 
     def mixed_weight(self) -> Tensor:
         """``sum_k p_k Q_k(weight)``, with gradients to the weight and to p."""

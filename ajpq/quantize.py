@@ -110,32 +110,6 @@ def on_grid(weight: Tensor, lo: Tensor, hi: Tensor, offset: Tensor, scale: Tenso
     return (torch.round(torch.clamp(weight / scale - offset, lo, hi)) + offset) * scale
 
 
-def fit_scale(weight: Tensor, bits: Tensor, candidates: int = 32) -> Tensor:
-    """Scale of every kernel that (nearly) minimises its squared quantization error, float32 (c_out,).
-
-    Tries `candidates` clipping points from 1.15 of the full range down to 0.2 of it, refines each by one least-squares
-    step ``s = <w, q> / <q, q>`` and keeps the best; 1 bit then has its closed form ``s = 2 mean|w|``. All-zero kernels
-    get 1.
-    """
-    flat = weight.detach().reshape(len(weight), -1)
-    lo, hi, offset = (t[:, None] for t in grid(bits))
-    top = torch.where(hi + offset > 0, hi + offset, torch.ones_like(hi))
-    peak = flat.abs().amax(dim=1, keepdim=True)
-    peak = torch.where(peak > 0, peak, torch.ones_like(peak))
-    best = peak / top
-    least = torch.full_like(peak, torch.inf)
-    for clip in torch.linspace(1.15, 0.2, candidates).tolist():
-        s = peak * clip / top
-        q = torch.round(torch.clamp(flat / s - offset, lo, hi)) + offset
-        energy = (q * q).sum(dim=1, keepdim=True)
-        s = torch.where(energy > 0, (flat * q).sum(dim=1, keepdim=True) / energy.clamp(min=1e-30), s)
-        s = torch.where(s > 0, s, peak / top)
-        error = (flat - on_grid(flat, lo, hi, offset, s)).square().sum(1, keepdim=True)
-        best = torch.where(error < least, s, best)
-        least = torch.minimum(error, least)
-    return best[:, 0]
-
-
 def act_range(bits: int, signed: bool) -> tuple[int, int]:
     """Lowest and highest activation code."""
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)

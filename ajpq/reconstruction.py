@@ -14,7 +14,6 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ajpq import quantize
 from ajpq.compensation import round_compensated
 from ajpq.goals import Goals, Stages, called, rows_of
 from ajpq.layers import Geometry, QuantLayer
@@ -22,6 +21,7 @@ from ajpq.loaders import Batches
 from ajpq.network import Network
 from ajpq.policy import CompressionPolicy
 from ajpq.quantize import FLOAT
+from ajpq.step_sizes import fit_scale
 from ajpq.training import device_of
 
 LARGEST = 4608  # weights of a kernel, 3 x 3 x 512: layers with larger ones stay, for their moments fill the memory
@@ -101,7 +101,7 @@ def _solve(layer: nn.Module, inputs: list[Tensor], goals: list[tuple[Tensor, Ten
     w = torch.cholesky_solve(xy + pull[:, None, None] * w.mT, factor).mT  # (G, K, n)
     if isinstance(layer, QuantLayer):
         solved = w.reshape(weight.shape).float()
-        scale = torch.where(layer.bits == FLOAT, layer.scale, quantize.fit_scale(solved, layer.bits))
+        scale = torch.where(layer.bits == FLOAT, layer.scale, fit_scale(solved, layer.bits))
         w = round_compensated(w, gram, layer.bits, scale)
         layer.scale.copy_(scale)
     layer.weight.copy_(w.reshape(weight.shape))

@@ -21,6 +21,7 @@ from ajpq.network import Network
 from ajpq.policy import CompressionPolicy
 from ajpq.problem import Problem
 from ajpq.scoring.setting import each
+from ajpq.step_sizes import fit_scale
 from ajpq.tracing import trace
 
 TORCHVISION = (
@@ -202,7 +203,7 @@ def masked(
         if ((bits == 0) | (bits == 32)).all():  # nothing to fit, which takes time
             part.weight[bits == 0] = 0
         else:
-            scale = quantize.fit_scale(weight, bits)
+            scale = fit_scale(weight, bits)
             offset, scales = (
                 t.to(dtype).reshape(-1, *[1] * (weight.ndim - 1)) for t in (quantize.grid(bits)[2], scale)
             )

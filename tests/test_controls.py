@@ -29,6 +29,7 @@ from ajpq.policy import CompressionPolicy
 from ajpq.problem import Problem, SearchResult
 from ajpq.scoring.setting import each
 from ajpq.space import Choices
+from ajpq.step_sizes import fit_scale
 from ajpq.tracing import trace
 
 SEEDED = (HillClimbing, NSGA2, RandomSearch)
@@ -261,7 +262,7 @@ def test_weight_sensitivity_is_noise_over_signal_of_the_folded_layer():
         folded = weight.flatten(1) * torch.as_tensor(gain).reshape(-1, 1)
         for b in (1, 3, 8):
             bits = torch.full((layer.c_out,), b)
-            rounded = quantize.fake_quantize(weight, bits, quantize.fit_scale(weight, bits)).flatten(1)
+            rounded = quantize.fake_quantize(weight, bits, fit_scale(weight, bits)).flatten(1)
             noise = (folded - rounded * torch.as_tensor(gain).reshape(-1, 1)).square().sum(1)
             assert np.allclose(found.weights[layer.name][b], noise.detach() / folded.square().sum(), rtol=1e-4)
         assert found.weights[layer.name][0].sum() == pytest.approx(1.0)

@@ -25,6 +25,7 @@ from ajpq.padding import pad
 from ajpq.policy import CompressionPolicy
 from ajpq.recipe import check_settings
 from ajpq.shipping import load, ship
+from ajpq.step_sizes import fit_scale
 from ajpq.tracing import trace
 from ajpq.training import fit, recalibrate
 
@@ -112,7 +113,7 @@ def test_a_kernel_has_its_step_size_fitted_when_its_width_changes_and_only_then(
         layer.scale.fill_(0.123)
     lower = Lowering(net, share=0.5, lift=1)
     assert any(scale is layer.scale for scale in lower(0, 10)) and lower(1, 10) == []
-    fitted = quantize.fit_scale(layer.weight, layer.bits)
+    fitted = fit_scale(layer.weight, layer.bits)
     assert torch.equal(layer.scale, torch.where(moving, fitted, torch.full_like(fitted, 0.123)))
 
 

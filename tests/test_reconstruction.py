@@ -24,6 +24,7 @@ from ajpq.policy import CompressionPolicy
 from ajpq.reconstruction import patches, reconstruct, solve
 from ajpq.scoring.local import Local
 from ajpq.scoring.setting import Setting
+from ajpq.step_sizes import fit_scale
 
 
 def moments(groups, n, seed=0, samples=600):
@@ -49,7 +50,7 @@ def loss(rounded, weight, gram):
 def test_compensated_rounding_lies_on_the_grid_and_beats_the_nearest(bits, groups, n):
     weight = torch.randn(groups, 4, n, generator=torch.Generator().manual_seed(1))
     widths = torch.full((groups * 4,), bits, dtype=torch.uint8)
-    scale = quantize.fit_scale(weight.reshape(-1, n), widths)
+    scale = fit_scale(weight.reshape(-1, n), widths)
     gram = moments(groups, n)
     rounded = round_compensated(weight, gram, widths, scale)
     assert torch.allclose(nearest(rounded, widths, scale), rounded, atol=1e-6)
@@ -59,7 +60,7 @@ def test_compensated_rounding_lies_on_the_grid_and_beats_the_nearest(bits, group
 def test_inputs_that_do_not_hang_together_are_rounded_to_the_nearest():
     weight = torch.randn(1, 6, 40)
     widths = torch.tensor([1, 2, 3, 4, 6, 8], dtype=torch.uint8)
-    scale = quantize.fit_scale(weight[0], widths)
+    scale = fit_scale(weight[0], widths)
     gram = torch.diag(torch.rand(40) + 0.1).double()[None]
     assert torch.allclose(round_compensated(weight, gram, widths, scale), nearest(weight, widths, scale))
 
@@ -67,7 +68,7 @@ def test_inputs_that_do_not_hang_together_are_rounded_to_the_nearest():
 def test_every_kernel_has_its_own_width_and_float_ones_stay():
     weight, gram = torch.randn(1, 3, 30), moments(1, 30)
     widths = torch.tensor([2, 32, 8], dtype=torch.uint8)
-    scale = quantize.fit_scale(weight[0], widths)
+    scale = fit_scale(weight[0], widths)
     rounded = round_compensated(weight, gram, widths, scale)
     assert torch.equal(rounded[0, 1], weight[0, 1]) and len(rounded[0, 0].unique()) <= 4
     alone = round_compensated(weight[:, :1], gram, widths[:1], scale[:1])
