@@ -32,19 +32,20 @@ def pruned_networks(network: Network, n: int) -> dict[str, CompressionPolicy]:
     for i in range(TRIES * n):
         if len(found) == n:
             break
-        policy = _drawn(network, np.random.default_rng([SEED, i]))
+        policy = drawn(network, np.random.default_rng([SEED, i]))
         if (shape := channels_of(network, policy)) not in shapes:
             shapes.append(shape)
             found[f"pruned {len(found)}"] = policy
     return found
 
 
-def _drawn(network: Network, random: np.random.Generator) -> CompressionPolicy:
-    """Whole blocks of every space, and all of a space of which something else could have nothing left."""
+def drawn(network: Network, random: np.random.Generator, block: int = BLOCK) -> CompressionPolicy:
+    """A policy of 8 bits and 0: whole blocks of every space, how many is drawn, and all of a space without which
+    something could have nothing left."""
     least, alive = random.uniform(LEAST, 1), np.ones(network.n_channels, bool)
     for space in network.spaces:
         if space.prunable:
-            kept = int(np.ceil(random.uniform(least, 1) * space.size / BLOCK) * BLOCK)
+            kept = int(np.ceil(random.uniform(least, 1) * space.size / block) * block)
             alive[random.permutation(space.channels)[kept:]] = False
     for channels in network.groups:
         if not alive[channels].any():

@@ -72,8 +72,10 @@ def _sorted(w: Tensor) -> Tensor:
 
 
 def _rounded(w: Tensor, steps: Tensor, top: int, offset: float) -> tuple[Tensor, Tensor]:
-    """w (kernels, weights), steps (kernels, tried) -> <w, q>, <q, q>, each (kernels, tried); as sums, not as products of
-    matrices, whose last bits depend on what else is in the batch."""
+    """w (kernels, weights), steps (kernels, tried) -> <w, q>, <q, q>, each (kernels, tried).
+
+    As sums, not as products of matrices, whose last bits depend on what else is in the batch.
+    """
     q = w[:, None] / steps[:, :, None]
     q = q.sub_(offset).round_().clamp_(0, top).add_(offset)
     return (q * w[:, None]).sum(2), q.square_().sum(2)

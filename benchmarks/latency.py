@@ -28,7 +28,7 @@ from ajpq.console import Screen
 from ajpq.cost import BOPs, CostModel, MACs, total
 from ajpq.latency import LatencyTableCost
 from ajpq.latency_points import Builder
-from ajpq.network import Network
+from ajpq.latency_samples import drawn
 from ajpq.onnx_export import float_onnx, to_onnx
 from ajpq.padding import pad
 from ajpq.policy import CompressionPolicy
@@ -48,21 +48,13 @@ def noise(shape: tuple[int, ...], n: int) -> torch.Tensor:
     return torch.randn(n, *shape, generator=torch.Generator().manual_seed(0))
 
 
-def drawn(network: Network, random: np.random.Generator, step: int, some_float: bool) -> CompressionPolicy:
-    """A random policy; how much it prunes, and leaves in float, differs from one to the next."""
-    least, floats = random.uniform(0.125, 1), random.uniform(0, 1) if some_float else 0.0
-    alive = np.ones(network.n_channels, bool)
-    for space in network.spaces:
-        if space.prunable:
-            kept = int(np.ceil(random.uniform(least, 1) * space.size / step) * step)
-            alive[random.permutation(space.channels)[kept:]] = False
-    widths = {layer.name: 32 if random.random() < floats else 8 for layer in network.layers}
-    policy = CompressionPolicy(
-        {layer.name: np.where(alive[layer.writes], widths[layer.name], 0).astype(np.uint8) for layer in network.layers},
-        widths,
-    )
-    policy.validate(network)
-    return policy
+def with_floats(policy: CompressionPolicy, random: np.random.Generator) -> CompressionPolicy:
+    """A random share of the layers in float32."""
+    share, bits, inputs = random.uniform(0, 1), dict(policy.weight_bits), dict(policy.act_bits)
+    for name, widths in bits.items():
+        if random.random() < share:
+            bits[name], inputs[name] = np.where(widths > 0, 32, 0).astype(np.uint8), 32
+    return CompressionPolicy(bits, inputs)
 
 
 def study(name: str, args: argparse.Namespace) -> None:
@@ -89,7 +81,9 @@ def study(name: str, args: argparse.Namespace) -> None:
     record = path.with_suffix(".floats.jsonl" if args.floats else ".jsonl")
     rows = [json.loads(line) for line in record.read_text().splitlines()] if record.is_file() else []
     for seed in range(len(rows), args.policies):
-        policy = drawn(network, np.random.default_rng(seed), args.round, args.floats)
+        random = np.random.default_rng(seed)
+        policy = drawn(network, random, args.round)
+        policy = with_floats(policy, random) if args.floats else policy
         final = pad(freeze(compress(network, policy, ranges)), network, policy, args.multiple)
         model = to_onnx(final, noise(shape, 8))
         runs = {"original": original, "candidate": device.start(Subject(images.numpy(), model))}

@@ -30,3 +30,9 @@ def test_a_comparison_on_an_experiment_trains_nothing_unless_told_to(name):
     assert composed(f"experiment={name}", name="compare").finetune.epochs == 0
     told = composed(f"experiment={name}", "finetune=qat", name="compare").finetune
     assert told.epochs > 0 and told.distillation
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_takes_the_policy_of_an_earlier_run(name):
+    search = composed(f"experiment={name}", "search=policy", "search.path=policy.json").search
+    assert set(search) == {"_target_", "path"}
