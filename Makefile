@@ -19,11 +19,11 @@ run: $(STAMP)  ## install if needed, then run ajpq, with ARGS
 
 test: $(STAMP)  ## install if needed, then run the tests but the slow ones, with ARGS
 	@echo "make: running the tests"
-	@$(PY) -m pytest -n auto --maxprocesses 4 $(ARGS)
+	@$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-all: $(STAMP)  ## install if needed, then run all tests, with ARGS
 	@echo "make: running all tests, the slow ones too"
-	@$(PY) -m pytest -n auto --maxprocesses 4 -m "" $(ARGS)
+	@$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile -m "" $(ARGS)
 
 lint: $(STAMP)  ## check the style of the sources
 	@$(PY) -m ruff check .

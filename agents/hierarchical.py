@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import norm, rankdata
+from scipy.special import ndtri  # quantiles of the normal distribution; scipy.stats takes a second to import
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from agents.controller import Controller, algorithm_of
@@ -219,8 +219,9 @@ class Hierarchical:
             self.on_episode(len(self.episodes), reward, max(e.reward for e in self.episodes))
 
     def _learn(self, steps: int) -> None:
-        ranks = rankdata([episode.reward for episode in self.episodes])
-        returns = norm.ppf((ranks - 0.5) / len(ranks)).astype(np.float32)
+        rewards = [episode.reward for episode in self.episodes]
+        below, upto = (np.searchsorted(np.sort(rewards), rewards, side) for side in ("left", "right"))
+        returns = ndtri((below + upto) / 2 / len(rewards)).astype(np.float32)  # of equal rewards the mean rank
         for who, controller in self.controllers.items():
             for name, value in controller.learn(returns, steps).items():
                 self.problem.log(f"{who}/{name}", value)

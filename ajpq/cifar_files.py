@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ajpq.errors import AjpqError
-from ajpq.pictures import rgb
+from ajpq.rgb import rgb
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SUFFIXES = {".jpg", ".jpeg", ".png"}

@@ -9,15 +9,14 @@ import onnxruntime
 import torch
 from torch import Tensor, fx
 
-from ajpq.detection import Detection
 from ajpq.errors import AjpqError
 from ajpq.layers import FrozenLayer
 from ajpq.loaders import Batches
 from ajpq.outputs import module_of, quantizer_of
-from ajpq.tasks import Classification, Task
+from ajpq.tasks import Answering, Task
 
 IMAGES = 1000  # that both are shown
-CLOSE = 0.01  # of a task's quality that counts as the same answer, where the task is not one of ours: our choice
+CLOSE = 0.01  # of a task's quality that counts as the same answer, where the task knows no answers: our choice
 STEP, DEVIATION = "steps of the last layer's input", "standard deviations of the outputs"
 
 
@@ -26,9 +25,9 @@ def seen(model: bytes, network: fx.GraphModule, batches: Batches, task: Task, im
     """What ONNX Runtime gives for a split, in one pass over it, beside the finished network for its first images.
 
     runtime: its version. metric: of the whole split, the task's. images: how many both were shown. agreement: the
-    fraction of these with the same answer. answer: what that is, see `answers`. largest_difference: of any output,
-    and difference_unit: see `unit_of`; 1 step is what an output moves by, at most, where every input of the last layer
-    moves by one quantization step.
+    fraction of these with the same answer. answer: what that is, see `tasks.Answering`. largest_difference: of any
+    output, and difference_unit: see `unit_of`; 1 step is what an output moves by, at most, where every input of the
+    last layer moves by one quantization step.
 
     model: written for `network`. images: at least 1. Raises AjpqError for a split without images, and where ONNX
     Runtime cannot run the model, with its reason.
@@ -58,21 +57,11 @@ def seen(model: bytes, network: fx.GraphModule, batches: Batches, task: Task, im
     }
 
 
-def answers(task: Task, outputs: Tensor) -> tuple[str, Tensor] | None:
-    """What outputs (N, ...) say of every image, whole numbers (N,), and what that is called: of a classification the
-    most probable class, of a detection the surest box. None for other tasks."""
-    if isinstance(task, Classification):
-        return "class", outputs.argmax(1)
-    if isinstance(task, Detection):
-        return "surest box", task.decode(outputs)[1].argmax(1)
-    return None
-
-
 def _same(task: Task, ours: Tensor, theirs: Tensor, targets: Tensor) -> tuple[str, Tensor]:
-    """Whether the answers are the same, bool (N,); of tasks that `answers` does not know, whether they are as good."""
-    pair = answers(task, ours), answers(task, theirs)
-    if pair[0] is not None:
-        return pair[0][0], pair[0][1] == pair[1][1]
+    """Whether the answers are the same, bool (N,); of tasks that know no answers, whether they are as good."""
+    if isinstance(task, Answering):
+        (name, mine), (_, others) = task.answers(ours), task.answers(theirs)
+        return name, mine == others
     qualities = [task.quality(outputs, targets) for outputs in (ours, theirs)]
     return f"{task.metric} to {CLOSE:g}", (qualities[0] - qualities[1]).abs() <= CLOSE
 

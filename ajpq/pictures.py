@@ -23,6 +23,7 @@ from torchvision.transforms.v2 import functional
 
 from ajpq.epochs import batches_in, begun, restarted, seeded
 from ajpq.errors import AjpqError, check_alike, check_counts
+from ajpq.rgb import rgb
 
 UNREADABLE = 0.01  # of the images, at most
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
@@ -100,13 +101,6 @@ class Cache:
             self._pixels[start : start + image.numel()] = image.numpy().reshape(-1)
             self._table[number] = (1, start, *image.shape[1:])
             self._used[0] = start + image.numel()
-
-
-def rgb(image: Image.Image) -> Image.Image:
-    """Any picture in 8 bits per colour. Grey ones of 16 bits, which Pillow would clip, keep their upper 8."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 class Pictures:

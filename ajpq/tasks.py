@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,14 @@ class Task(Protocol):
         """What is reported of a whole split, fractions: the means of `per_image`, and what only a split has."""
 
 
+@runtime_checkable
+class Answering(Protocol):
+    """A task whose networks give answers that are the same or not."""
+
+    def answers(self, outputs: Tensor) -> tuple[str, Tensor]:
+        """What an answer is called, and the answer to every image, whole numbers (N,)."""
+
+
 @dataclass(frozen=True)
 class Classification:
     """One label per image: outputs are logits (N, classes), targets labels (N,). Reports top-1 accuracy, and top-5
@@ -69,6 +77,10 @@ class Classification:
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, float]:
         return means(self.per_image(outputs, targets))
+
+    def answers(self, outputs: Tensor) -> tuple[str, Tensor]:
+        """The most probable class."""
+        return "class", outputs.argmax(1)
 
 
 def means(values: Mapping[str, Tensor]) -> dict[str, float]:

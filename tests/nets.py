@@ -36,9 +36,11 @@ TORCHVISION = (
     "shufflenet_v2_x0_5",
     "regnet_y_400mf",
 )
-# Parameters of a test: VGG, which couples nothing, takes the longest.
+# Parameters of a test. The slow ones are large, and couple nothing that the others do not.
 NETWORKS = tuple(
-    pytest.param(name, marks=pytest.mark.slow) if name == "vgg11_bn" else name
+    pytest.param(name, marks=pytest.mark.slow)
+    if name in ("resnet18", "vgg11_bn", "densenet121", "efficientnet_b0")
+    else name
     for name in ("digits_cnn", "resnet20", *TORCHVISION)
 )
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 32)

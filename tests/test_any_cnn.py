@@ -37,7 +37,7 @@ SETTINGS = {
 }
 CLASSIFIERS = [n for n in models.list_models(module=models) if n.split("_")[0] not in TRANSFORMERS]
 QUICK = (
-    "efficientnet_b0", "googlenet", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf",
+    "googlenet", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf",
     "shufflenet_v2_x0_5", "squeezenet1_1",
 )  # fmt: skip
 MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -128,6 +128,7 @@ def test_metrics_can_be_measured_again_from_the_files(job):
     assert shapes == kept
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_policies_and_another_seed_others(job, tmp_path):
     folder, _, _ = job
     again = [

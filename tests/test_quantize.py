@@ -6,7 +6,7 @@ import torch
 from nets import WIDTHS
 
 from ajpq.quantize import act_range, decode, encode, fake_quantize, fake_quantize_act, grid, within
-from ajpq.step_sizes import fit_scale
+from ajpq.step_sizes import _counted, _rounded, fit_scale
 
 CODED = WIDTHS[:-1]
 
@@ -106,7 +106,7 @@ def test_scales_are_nearly_the_best_there_are(kind, bits):
         return (fake_quantize(weight, width, scale).flatten(1) - flat).square().mean(1)
 
     peak = flat.abs().amax(1) / 2 ** (bits - 1)
-    best = torch.stack([error(peak * part) for part in torch.linspace(0.05, 2.2, 4000).tolist()]).amin(0)
+    best = torch.stack([error(peak * part) for part in torch.linspace(0.05, 2.2, 800).tolist()]).amin(0)
     assert (
         error(fit_scale(weight, width)) <= (1.02 if bits <= 4 else 1.3) * best
     ).all()  # above 4 bits the error itself is negligible
@@ -120,8 +120,18 @@ def test_scales_of_depthwise_kernels_are_nearly_the_best_there_are():
         return (fake_quantize(weight, width, scale).flatten(1) - flat).square().mean(1)
 
     peak = flat.abs().amax(1) / 8
-    best = torch.stack([error(peak * part) for part in torch.linspace(0.05, 2.2, 4000).tolist()]).amin(0)
+    best = torch.stack([error(peak * part) for part in torch.linspace(0.05, 2.2, 800).tolist()]).amin(0)
     assert (error(fit_scale(weight, width)) / best).mean() <= 1.1
+
+
+@pytest.mark.parametrize("bits", CODED)
+def test_counting_sorted_magnitudes_gives_what_rounding_them_gives(bits):
+    weight = kernels(size=4608).flatten(1).abs().sort(1).values
+    _, top, offset = (t.item() for t in grid(torch.tensor([bits])))
+    steps = weight[:, -1:] / (top + offset) * torch.tensor([1.1, 0.7, 0.3])
+    cross, energy = _counted(weight, steps, int(top), offset)
+    right = _rounded(weight.double(), steps.double(), int(top), offset)
+    assert torch.allclose(cross, right[0], rtol=1e-6) and torch.allclose(energy, right[1], rtol=1e-6)
 
 
 def test_constant_and_empty_kernels_have_finite_scales():

@@ -145,7 +145,16 @@ def test_a_channel_that_another_one_tells_is_not_missed(reader):
     assert {name: m.weight.shape for name, m in student.named_modules() if hasattr(m, "weight")}["a"] == (2, 3, 3, 3)
 
 
-@pytest.mark.parametrize("name", ("chain", "digits_cnn", "resnet20", "mobilenet_v3_small", "shufflenet_v2_x0_5"))
+@pytest.mark.parametrize(
+    "name",
+    (
+        "chain",
+        "digits_cnn",
+        "resnet20",
+        pytest.param("mobilenet_v3_small", marks=pytest.mark.slow),
+        "shufflenet_v2_x0_5",
+    ),
+)
 def test_outputs_come_closer_than_with_matched_norms(name):
     network = chain(bias=True) if name == "chain" else network_of(name)
     data = batches_of(network, 4, 32)

@@ -121,7 +121,16 @@ def test_integer_convolutions_are_exact(c_in, c_out, kernel, geometry, signed):
 
 
 @NEEDS_INT8
-@pytest.mark.parametrize("name", ("digits_cnn", "resnet20", "mobilenet_v2", "shufflenet_v2_x0_5", "densenet121"))
+@pytest.mark.parametrize(
+    "name",
+    (
+        "digits_cnn",
+        "resnet20",
+        "mobilenet_v2",
+        "shufflenet_v2_x0_5",
+        pytest.param("densenet121", marks=pytest.mark.slow),
+    ),
+)
 def test_every_integer_step_equals_the_float_step_on_the_same_input(name):
     network = network_of(name)
     setting = setting_of(network)
@@ -167,7 +176,7 @@ def mutations(network: Network, count: int, seed: int = 0) -> list[CompressionPo
     return found
 
 
-@pytest.mark.parametrize("name", ("digits_cnn", "resnet20", "shufflenet_v2_x0_5"))
+@pytest.mark.parametrize("name", ("digits_cnn", "resnet20", pytest.param("shufflenet_v2_x0_5", marks=pytest.mark.slow)))
 def test_scores_do_not_depend_on_what_was_kept_or_on_workers(name):
     network = network_of(name)
     setting = setting_of(network, batches=3)

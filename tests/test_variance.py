@@ -113,6 +113,7 @@ def run(folder: Path, *overrides: str) -> dict:
     return json.loads((folder / "variance.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_study_measures_every_policy_as_often_as_it_is_told(tmp_path: Path) -> None:
     options = (*SMALL, "grid=[2]", "repeats=[0,1]", "finetune.epochs=1")
     found = run(tmp_path, *options)
