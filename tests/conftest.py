@@ -1,11 +1,16 @@
 """One thread per test process: parallel workers would otherwise fight for the cores. Every test begins with the same
-seed and leaves shared networks alone: what another test finds would depend on the order."""
+seed and leaves shared networks alone: what another test finds would depend on the order. The exporter of torch reads
+the table of all its operators for every file, a good third of the time of a small one: here it is read once."""
+
+import functools
 
 import pytest
 import torch
 from nets import forget_changed
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 torch.set_num_threads(1)
+ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
 
 
 @pytest.fixture(autouse=True)

@@ -113,7 +113,9 @@ def test_critics_choose_better_episodes_than_chance():
     assert learned > blind
 
 
-@pytest.mark.parametrize("algorithm", ("DDPG", "SAC", pytest.param("TQC", marks=pytest.mark.slow)))
+@pytest.mark.parametrize(
+    "algorithm", ("DDPG", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SAC", "TQC")))
+)
 def test_a_search_that_continues_from_its_state_ends_as_if_it_had_never_stopped(algorithm):
     def make() -> Hierarchical:
         return Hierarchical(18, 0, algorithm=algorithm, start=LinearProgram(), warmup=6, gradient_steps=5, elite=0.0)

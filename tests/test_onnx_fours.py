@@ -47,7 +47,7 @@ def without(monkeypatch: pytest.MonkeyPatch, final: nn.Module, images: Tensor) -
         return onnx.load_from_string(to_onnx(final, images))
 
 
-@pytest.mark.parametrize("bits", [8, 3])
+@pytest.mark.parametrize("bits", [8, pytest.param(3, marks=pytest.mark.slow)])
 def test_images_of_three_colours(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.randn(6, 3, 32, 32)
     final = finished(models.resnet20(), images, bits)

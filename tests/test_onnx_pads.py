@@ -88,7 +88,7 @@ def test_only_zeros_in_front_of_convolutions_are_folded(net: Padded, folded: boo
         torch.testing.assert_close(run(model, x), net(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, pytest.param(4, marks=pytest.mark.slow)])
 def test_padding_of_tensorflow_is_no_node_of_an_int8_file(bits: int) -> None:
     net = models.mobilenet_v1(classes=10, width=0.25, tf_same=True).eval()
     images = torch.randn(8, 3, 64, 64)
