@@ -59,9 +59,9 @@ def _of_part(w: Tensor, top: int, offset: float, products: Products) -> Tensor:
     tried = peak * torch.tensor(CLIPS, dtype=w.dtype, device=w.device)
     cross, energy = products(w, tried, top, offset)
     gain = torch.where(energy > 0, cross.square() / energy.clamp(min=TINY), 0.0)
-    step = tried.gather(1, gain.argmax(1, keepdim=True)).double()
+    step, exact = tried.gather(1, gain.argmax(1, keepdim=True)).double(), w.double()
     for _ in range(2):  # in float64: the same whatever kernels are fitted beside it
-        cross, energy = _rounded(w.double(), step, top, offset)
+        cross, energy = _rounded(exact, step, top, offset)
         step = torch.where((cross > 0) & (energy > 0), cross / energy.clamp(min=TINY), peak)
     return step[:, 0].float()
 
