@@ -34,8 +34,8 @@ POLICY = random_policy(NETWORK, 0, sparsity=0.3, act_bits=(3, 4))
 BATCHES = batches_of(NETWORK, count=4, size=16)
 
 
-def student():
-    return compress(NETWORK, POLICY, calibrate(NETWORK, BATCHES))
+def student(policy=POLICY):
+    return compress(NETWORK, policy, calibrate(NETWORK, BATCHES))
 
 
 def quantized(module):
@@ -265,12 +265,12 @@ def test_pact_networks_train_freeze_and_keep_their_outputs():
     use_pact(net)
     x = BATCHES[0][0]
     assert torch.allclose(net(x), plain(x), atol=1e-4)
-    net = student()
+    net = student(random_policy(NETWORK, 2, sparsity=0.3, act_bits=(3, 4)))
     final = finetune(net, BATCHES, epochs=2, lr=0.02, activations="pact")
     assert any(isinstance(part, PactQuant) for part in net.modules())
     assert not any(isinstance(part, PactQuant) for part in final.modules())
     outputs = net.eval()(x)  # float16 and whole biases move some activations over a threshold
-    assert (final(x) - outputs).abs().mean() < 0.3 * outputs.std()
+    assert (final(x) - outputs).abs().mean() < 0.2 * outputs.std()
     pairs = [(part, final.get_submodule(name)) for name, part in net.named_modules() if isinstance(part, PactQuant)]
     assert all(pact.scale.item() == act.scale.item() for pact, act in pairs)
 
