@@ -4,11 +4,12 @@
     python benchmarks/latency.py --out FOLDER --networks digits_cnn --policies 2 --seconds 0.02 --rounds 10
 
 Builds the table of every network in FOLDER, or takes it from there, then measures random policies on the same runtime,
-each padded as model.onnx is and in turns with the original. A policy prunes every space to a random number of channels;
-its layers have 8 bits, as fewer take the same time, and with --floats a random share of them float32, which no search
-chooses. Of every predictor it prints the Spearman correlation with the measured time, as a ratio to the original's in
-the same turns, and the median relative error of that ratio; for the table also the error of its milliseconds.
-FOLDER/NETWORK.jsonl (with --floats NETWORK.floats.jsonl) has a line per policy; a run goes on.
+each padded as model.onnx is, all of them and the original in turns: a shared machine has slow and fast minutes, in
+which ratios differ too. A policy prunes every space to a random number of channels; its layers have 8 bits, as fewer
+take the same time, and with --floats a random share of them float32, which no search chooses. Of every predictor it
+prints the Spearman correlation with the measured time, as a ratio to the original's in the same turns, and the median
+relative error of that ratio; for the table also the error of its milliseconds. FOLDER/NETWORK.jsonl (with --floats
+NETWORK.floats.jsonl) has a line per policy.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from ajpq.latency_samples import drawn
 from ajpq.onnx_export import float_onnx, to_onnx
 from ajpq.padding import pad
 from ajpq.policy import CompressionPolicy
-from ajpq.timing import Subject, interleaved, runner
+from ajpq.timing import Run, Subject, interleaved, runner
 from ajpq.tracing import trace
 
 NETWORKS = {
@@ -77,27 +78,27 @@ def study(name: str, args: argparse.Namespace) -> None:
     }
     ranges = calibrate(network, [(noise(shape, 8), None)])
     whole = CompressionPolicy.homogeneous(network)
-    original = device.start(Subject(images.numpy(), float_onnx(network.module, images)))
+    runs: dict[int | str, Run] = {"original": device.start(Subject(images.numpy(), float_onnx(network.module, images)))}
+    rows: list[dict[str, float]] = []
+    with screen.stage(f"{name}, policies", args.policies) as advance:
+        for seed in range(args.policies):
+            random = np.random.default_rng(seed)
+            policy = drawn(network, random, args.round)
+            policy = with_floats(policy, random) if args.floats else policy
+            final = pad(freeze(compress(network, policy, ranges)), network, policy, args.multiple)
+            runs[seed] = device.start(Subject(images.numpy(), to_onnx(final, noise(shape, 8))))
+            rows.append({key: total(cost, network, policy) for key, cost in predictors.items()})
+            rows[-1] |= {
+                f"{key} ratio": rows[-1][key] / total(cost, network, whole) for key, cost in predictors.items()
+            }
+            advance(seed + 1, "")
+    found = interleaved(runs, args.rounds)
+    for seed, row in enumerate(rows):
+        row |= {key: found[run].median / args.batch for key, run in (("original", "original"), ("candidate", seed))}
+        row["ratio"] = found[seed].over(found["original"]).median
     record = path.with_suffix(".floats.jsonl" if args.floats else ".jsonl")
-    rows = [json.loads(line) for line in record.read_text().splitlines()] if record.is_file() else []
-    for seed in range(len(rows), args.policies):
-        random = np.random.default_rng(seed)
-        policy = drawn(network, random, args.round)
-        policy = with_floats(policy, random) if args.floats else policy
-        final = pad(freeze(compress(network, policy, ranges)), network, policy, args.multiple)
-        model = to_onnx(final, noise(shape, 8))
-        runs = {"original": original, "candidate": device.start(Subject(images.numpy(), model))}
-        found = interleaved(runs, args.rounds)
-        row = {key: times.median / args.batch for key, times in found.items()}
-        row["ratio"] = found["candidate"].over(found["original"]).median
-        for key, cost in predictors.items():
-            row[key] = total(cost, network, policy)
-            row[f"{key} ratio"] = row[key] / total(cost, network, whole)
-        rows.append(row)
-        with record.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(f"{name} {seed}: {row['candidate']:.4g} ms measured, {row['table']:.4g} predicted", flush=True)
-    table(name, rows[: args.policies], list(predictors))
+    record.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table(name, rows, list(predictors))
 
 
 def table(name: str, rows: list[dict[str, float]], predictors: list[str]) -> None:
@@ -125,7 +126,7 @@ if __name__ == "__main__":
     parser.add_argument("--multiple", type=int, default=16, help="and padded to multiples of this, as for model.onnx")
     parser.add_argument("--floats", action="store_true", help="leave a random share of the layers in float32")
     parser.add_argument("--seconds", type=float, default=0.05, help="for a measurement of a point of a table")
-    parser.add_argument("--rounds", type=int, default=40, help="of every policy")
+    parser.add_argument("--rounds", type=int, default=100, help="of the original and all policies in turns")
     arguments = parser.parse_args()
     for each in arguments.networks:
         study(each, arguments)
