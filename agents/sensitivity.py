@@ -17,7 +17,7 @@ from agents.uniform import homogeneous_within
 from ajpq import quantize
 from ajpq.bank import WeightBank
 from ajpq.calibration import InputRange
-from ajpq.importance import _gains
+from ajpq.importance import gains
 from ajpq.network import LayerSpec, Network
 from ajpq.policy import CompressionPolicy
 from ajpq.problem import Problem
@@ -74,10 +74,10 @@ def weight_sensitivity(problem: Problem) -> Sensitivity:
     is their assumption, too.
     """
     space, network = problem.space, problem.space.network
-    bank, gains = WeightBank(network), _gains(network)
+    bank, factors = WeightBank(network), gains(network)
     weights, acts = {}, {}
     for layer in network.layers:
-        power = np.square(gains.get(layer.name, np.ones(layer.c_out)))
+        power = np.square(factors.get(layer.name, np.ones(layer.c_out)))
         errors = {b: power * _squared_error(bank, layer, b) for b in (0, *space.widths(layer))}
         weights[layer.name] = {b: error / max(errors[0].sum(), 1e-30) for b, error in errors.items()}
         acts[layer.name] = {b: _noise_to_signal(problem.calibration[layer.name], b) for b in space.acts(layer)}

@@ -29,7 +29,7 @@ IMAGES = 32  # in memory at once, with all their activations
 NUMBERS = 2**23  # of a layer's gradients per image, in memory at once
 
 
-def _gains(network: Network) -> dict[str, np.ndarray]:
+def gains(network: Network) -> dict[str, np.ndarray]:
     """|gamma / sigma| of the norm folded into each layer, (c_out,)."""
     found = {}
     for norm in network.norms:
@@ -45,11 +45,11 @@ def magnitude(network: Network, batches: Batches = (), task: Task = CLASSIFICATI
     """Sum of |W| of a kernel (AMC, He et al. 2018), taken after folding the batch-norm, as the kernel will be
     shipped.
     """
-    gains = _gains(network)
+    factors = gains(network)
     scores = {}
     for layer in network.layers:
         weight = network.module.get_submodule(layer.name).weight.detach().double()
-        scores[layer.name] = weight.abs().flatten(1).sum(1).cpu().numpy() * gains.get(layer.name, 1.0)
+        scores[layer.name] = weight.abs().flatten(1).sum(1).cpu().numpy() * factors.get(layer.name, 1.0)
     return scores
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ajpq.compression import compress
 from ajpq.data import digits
+from ajpq.elimination import elimination
 from ajpq.errors import AjpqError
 from ajpq.explain import CONF
 from ajpq.importance import bn_scale, fisher, magnitude, of_channels, taylor
@@ -26,7 +27,9 @@ from ajpq.space import Choices, SearchSpace
 from ajpq.tracing import trace
 from ajpq.training import accuracy, fit, recalibrate
 
-ALL = {"magnitude": magnitude, "bn_scale": bn_scale, "taylor": taylor, "fisher": fisher}
+ALL = {
+    "magnitude": magnitude, "bn_scale": bn_scale, "taylor": taylor, "fisher": fisher, "elimination": elimination,
+}  # fmt: skip
 GRADIENT = pytest.mark.parametrize("criterion", (taylor, fisher))
 
 
