@@ -24,6 +24,7 @@ from ajpq.training import device_of
 IMAGES = 200  # that moments are taken of, at most
 AT_ONCE = 32  # of so many channels left, one goes before the moments are updated
 POOL = 4  # times as many are candidates meanwhile
+LARGE, SHRINK = 256, 0.75  # matrices larger than this are made smaller when less than this part of them is left
 
 
 @torch.no_grad()
@@ -47,9 +48,8 @@ def elimination(network: Network, batches: Batches, task: Task = CLASSIFICATION)
     scores = np.full(network.n_channels, np.nan)
     for space in network.spaces:
         if space.prunable:
-            readers = [problem.anew() for problem in problems if np.isin(problem.owners, space.channels).any()]
-            for channel, error in _one_by_one(space, readers):
-                scores[channel] = error
+            readers = [reader for reader in problems if np.isin(reader.owners, space.channels).any()]
+            scores[space.channels] = _one_by_one(space, readers)
     found = magnitude(network)
     for layer in network.layers:
         of_kernels = scores[layer.writes]
@@ -69,61 +69,91 @@ class _Reader:
     def __init__(self, inverse: Tensor, products: Tensor, owners: np.ndarray) -> None:
         self.inverse, self.products, self.owners = inverse, products, owners
 
-    def anew(self) -> _Reader:
-        return _Reader(self.inverse, self.products, self.owners)
+    def of(self, channels: np.ndarray) -> _Blocks:
+        """What is to be decided about these channels."""
+        found = [np.flatnonzero(self.owners == channel) for channel in channels]
+        return _Blocks(self.inverse.clone(), self.products.clone(), [torch.from_numpy(at) for at in found])
 
-    def of(self, channels: list[int]) -> _Reader:
-        """What decides among these channels alone: their blocks."""
-        at = torch.from_numpy(np.flatnonzero(np.isin(self.owners, channels)))
-        return _Reader(self.inverse[at[:, None], at], self.products[at[:, None], at], self.owners[at.numpy()])
 
-    def errors(self, channels: list[int]) -> np.ndarray:
-        """What going adds, for every channel: float64 (c,), 0 where it is not read."""
-        found = np.zeros(len(channels))
-        order = np.argsort(self.owners, kind="stable")
-        first, last = (np.searchsorted(self.owners[order], channels, side) for side in ("left", "right"))
-        for m in set((last - first).tolist()) - {0}:
-            which = np.flatnonzero(last - first == m)
-            at = torch.from_numpy(order[first[which, None] + np.arange(m)])  # (c, m)
+class _Blocks:
+    """A reader while channels go, one after another. columns: int64 (m,) of every channel, its inputs; m may be 0."""
+
+    def __init__(self, inverse: Tensor, products: Tensor, columns: list[Tensor]) -> None:
+        self.inverse, self.products, self.columns = inverse, products, columns
+        self.stay = torch.ones(len(inverse), dtype=torch.bool)
+        self.plan = []  # of channels with as many inputs: their places, and their inputs (c, m)
+        for m in sorted({len(at) for at in columns} - {0}):
+            which = [i for i, at in enumerate(columns) if len(at) == m]
+            self.plan.append((which, torch.stack([columns[i] for i in which])))
+
+    def among(self, pool: list[int]) -> _Blocks:
+        """What decides among these channels alone."""
+        columns = [self.columns[i] for i in pool]
+        at = torch.cat(columns)
+        places = torch.arange(len(at)).split([len(c) for c in columns])
+        return _Blocks(self.inverse[at][:, at], self.products[at][:, at], list(places))
+
+    def errors(self) -> np.ndarray:
+        """What going adds, for every channel: float64 (c,), 0 where it is not read, nothing of meaning where it has
+        gone."""
+        found = np.zeros(len(self.columns))
+        for which, at in self.plan:
             inverse, products = (matrix[at[:, :, None], at[:, None]] for matrix in (self.inverse, self.products))
-            ratios = products / inverse if m == 1 else torch.linalg.solve(inverse, products)
+            ratios = products / inverse if at.shape[1] == 1 else torch.linalg.solve(inverse, products)
             found[which] = ratios.diagonal(dim1=1, dim2=2).sum(1).cpu().numpy()
         return found
 
     def drop(self, channels: list[int]) -> None:
-        gone = np.isin(self.owners, channels)
-        if not gone.any():
+        """Solve the weights of the others anew: W - share W_out."""
+        out = torch.cat([self.columns[i] for i in channels])
+        if not len(out):
             return
-        out, stay = (torch.from_numpy(np.flatnonzero(mask)).to(self.inverse.device) for mask in (gone, ~gone))
-        inverse, products = self.inverse[stay], self.products[stay]
-        inverse, across = inverse[:, stay], inverse[:, out]
-        products, with_out = products[:, stay], products[:, out]
-        share = torch.linalg.solve(self.inverse[out][:, out], across, left=False)  # W - share W_out is what is left
-        cross = share @ (with_out - share @ (self.products[out][:, out] / 2)).mT
-        self.products = products.sub_(cross).sub_(cross.mT)
-        self.inverse = inverse.sub_(share @ across.mT)
-        self.owners = self.owners[~gone]
+        across, between = self.inverse[:, out], self.products[out][:, out]
+        share = torch.linalg.solve(across[out], across, left=False)  # (n, out)
+        half = self.products[:, out] - share @ (between / 2)
+        self.products.addmm_(share, half.mT, alpha=-1).addmm_(half, share.mT, alpha=-1)
+        self.inverse.addmm_(share, across.mT, alpha=-1)
+        self.stay[out] = False
+        if len(self.stay) > LARGE and self.stay.sum() < SHRINK * len(self.stay):
+            self._shrink()
+        else:
+            for matrix in (self.products, self.inverse):
+                matrix[out], matrix[:, out] = 0, 0
+            self.inverse[out, out] = 1
+
+    def _shrink(self) -> None:
+        at, places = torch.where(self.stay)[0], self.stay.cumsum(0) - 1
+        columns = [places[c[self.stay[c]]] for c in self.columns]
+        self.__init__(self.inverse[at][:, at], self.products[at][:, at], columns)
 
 
-def _one_by_one(space: Space, readers: list[_Reader]) -> list[tuple[int, float]]:
-    """Channels of a space in the order in which they go, with the errors they add."""
-    left, found, most = list(map(int, space.channels)), [], 0.0
-    while left and readers:
-        errors = sum(reader.errors(left) for reader in readers)
-        n = max(1, len(left) // AT_ONCE)
-        pool = [left[i] for i in np.argsort(errors, kind="stable")[: POOL * n if n > 1 else 1]]
-        near, gone = [reader.of(pool) for reader in readers], []
-        for _ in range(n):  # what is decided among the pool is exact: its blocks know of each other
-            errors = sum(reader.errors(pool) for reader in near)
-            first = int(np.argmin(errors))
-            most = max(most * (1 + 1e-12), float(errors[first]))
-            gone.append(pool.pop(first))
-            found.append((gone[-1], most))
-            for reader in near:
-                reader.drop(gone[-1:])
-        for reader in readers:
-            reader.drop(gone)
-        left = [channel for channel in left if channel not in gone]
+def _one_by_one(space: Space, readers: list[_Reader]) -> np.ndarray:
+    """What every channel of a space adds when its turn has come, float64 (size,); NaN if nobody reads them."""
+    blocks, scores, most = [reader.of(space.channels) for reader in readers], np.full(space.size, np.nan), 0.0
+    while blocks and (left := np.flatnonzero(np.isnan(scores))).size:
+        going = _cheapest(blocks, left, max(1, len(left) // AT_ONCE))
+        for channel, error in going:
+            scores[channel] = most = max(most * (1 + 1e-12), error)
+        for reader in blocks:
+            reader.drop([channel for channel, _ in going])
+    return scores
+
+
+def _cheapest(readers: list[_Blocks], left: np.ndarray, n: int) -> list[tuple[int, float]]:
+    """n of the channels that are left, and what each adds once those before it have gone. They are chosen out of a
+    pool, among which nothing is neglected."""
+    errors = sum(reader.errors() for reader in readers)[left]
+    pool = left[np.argsort(errors, kind="stable")[: POOL * n]].tolist()
+    if n == 1:
+        return [(pool[0], float(errors.min()))]
+    near, found = [reader.among(pool) for reader in readers], []
+    for _ in range(n):
+        errors = sum(reader.errors() for reader in near)
+        errors[[pool.index(channel) for channel, _ in found]] = np.inf
+        first = int(np.argmin(errors))
+        found.append((pool[first], float(errors[first])))
+        for reader in near:
+            reader.drop([first])
     return found
 
 
