@@ -36,10 +36,10 @@ TORCHVISION = (
     "shufflenet_v2_x0_5",
     "regnet_y_400mf",
 )
-# Parameters of a test. The slow ones are large, and couple nothing that the others do not.
+# Parameters of a test. The slow ones are large, and couple nothing that the others, or RandomNet, do not.
 NETWORKS = tuple(
     pytest.param(name, marks=pytest.mark.slow)
-    if name in ("resnet18", "vgg11_bn", "densenet121", "efficientnet_b0")
+    if name in ("resnet18", "vgg11_bn", "densenet121", "googlenet", "efficientnet_b0", "regnet_y_400mf")
     else name
     for name in ("digits_cnn", "resnet20", *TORCHVISION)
 )

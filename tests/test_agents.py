@@ -150,18 +150,17 @@ def test_the_state_of_sac_holds_the_weight_of_its_entropy():
 
 def test_rewards_that_are_not_finite_spoil_no_search():
     """Every fourth evaluation fails; what learned from the others still chooses by numbers."""
-    for make in (
-        lambda: Hierarchical(20, 0, warmup=6, gradient_steps=2),
-        lambda: Hierarchical(30, 0, start=LinearProgram(), warmup=4, gradient_steps=2),
-        lambda: LinearProgram(40),
-        lambda: HillClimbing(20),
+    for backend, bad in (
+        (Hierarchical(20, 0, warmup=6, gradient_steps=2), float("nan")),
+        (Hierarchical(30, 0, start=LinearProgram(), warmup=4, gradient_steps=2), -float("inf")),
+        (LinearProgram(40), float("nan")),
+        (HillClimbing(20), -float("inf")),
     ):
-        for bad in (float("nan"), -float("inf")):
-            backend, count = make(), itertools.count()
-            result = backend.search(on(lambda policy: bad if next(count) % 4 == 1 else widest(policy)))  # noqa: B023
-            assert np.isfinite(result.score.reward) and result.evaluations > 8
-            for controller in getattr(backend, "controllers", {}).values():
-                assert all(torch.isfinite(p).all() for p in controller.model.policy.parameters())
+        count = itertools.count()
+        result = backend.search(on(lambda policy: bad if next(count) % 4 == 1 else widest(policy)))  # noqa: B023
+        assert np.isfinite(result.score.reward) and result.evaluations > 8
+        for controller in getattr(backend, "controllers", {}).values():
+            assert all(torch.isfinite(p).all() for p in controller.model.policy.parameters())
 
 
 def test_a_search_keeps_its_own_state_and_not_that_of_its_start():

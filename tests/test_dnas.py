@@ -470,7 +470,7 @@ def on_digits():
         yield make
 
 
-@pytest.mark.parametrize("granularity", ["layer", "kernel"])
+@pytest.mark.parametrize("granularity", [pytest.param("layer", marks=pytest.mark.slow), "kernel"])
 def test_it_beats_uniform_on_digits_at_equal_size_and_ends_within_budget(on_digits, granularity):
     problem = on_digits({"size": 0.082})
     uniform = Uniform().search(problem.again())

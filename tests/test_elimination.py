@@ -99,7 +99,9 @@ def test_what_is_read_twice_through_others_or_pixel_by_pixel():
     assert scores["g"].min() < 1e-6 and scores["a"].min() < 1e-6
 
 
-@pytest.mark.parametrize("name", ("digits_cnn", "resnet20", "shufflenet_v2_x0_5", "mobilenet_v3_small"))
+@pytest.mark.parametrize(
+    "name", ("digits_cnn", "resnet20", "shufflenet_v2_x0_5", pytest.param("mobilenet_v3_small", marks=pytest.mark.slow))
+)
 def test_any_network_has_an_order_and_is_left_as_it_was(name):
     network = network_of(name)
     batches = batches_of(network, 2)

@@ -227,10 +227,11 @@ def test_tilting_meets_the_budget_and_no_more_and_leaves_resting_layers():
 # -- the search -------------------------------------------------------------------------------------------------------
 
 
-def test_it_keeps_the_rules_of_backends():
-    check_backend(FilterNAS)
-    check_backend(FilterNAS, evaluations=30)
-    check_backend(lambda evaluations, seed: FilterNAS(evaluations, seed, trust=0.0, prune=True), evaluations=12)
+@pytest.mark.parametrize(
+    ("options", "evaluations"), [({"trust": 0.0, "prune": True}, 12), pytest.param({}, 30, marks=pytest.mark.slow)]
+)
+def test_it_keeps_the_rules_of_backends(options, evaluations):  # as it is: among all of the configuration, test_testing
+    check_backend(lambda evaluations, seed: FilterNAS(evaluations, seed, **options), evaluations=evaluations)
 
 
 def test_it_learns_a_profile_of_widths_within_budget():

@@ -159,7 +159,7 @@ def test_the_shared_skynet_loads():
 # -- by name ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1", "googlenet"])
+@pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1", pytest.param("googlenet", marks=pytest.mark.slow)])
 def test_torchvision_models_have_the_classes_asked_for(name):
     model = torchvision_model(name, classes=7).eval()
     with torch.no_grad():
@@ -183,7 +183,7 @@ def test_weights_come_from_a_file(make, tmp_path):
         make("resnet18", str(tmp_path / "b.pt"))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "googlenet", "squeezenet1_1"])
+@pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1", pytest.param("googlenet", marks=pytest.mark.slow)])
 def test_torchvisions_own_weights_fit(name, tmp_path, monkeypatch):
     """From torch's cache, where a file stands for the one that would be fetched."""
     entry = torchvision.models.get_model_weights(name).DEFAULT

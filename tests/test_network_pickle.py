@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from nets import (
-    TORCHVISION,
+    NETWORKS,
     RandomNet,
     batches_of,
     conv,
@@ -83,7 +83,7 @@ def copied(network: Network) -> Network:
     return found
 
 
-@pytest.mark.parametrize("name", ("digits_cnn", "resnet20", *TORCHVISION))
+@pytest.mark.parametrize("name", NETWORKS)
 def test_round_trip_of_every_traced_network(name):
     same(network_of(name), copied(network_of(name)))
 

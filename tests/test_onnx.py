@@ -126,7 +126,7 @@ def trained() -> tuple[Network, object]:
     return trace(model.eval(), next(iter(data.calibration))[0][:2]), data
 
 
-@pytest.mark.parametrize(("widths", "act_bits"), [((2, 4, 7), (8,)), ((4,), (3, 4))])
+@pytest.mark.parametrize(("widths", "act_bits"), [((2, 4, 7), (8,)), pytest.param((4,), (3, 4), marks=slow)])
 def test_trained_network_on_its_test_split(widths, act_bits, trained, tmp_path: Path) -> None:
     network, data = trained
     policy = random_policy(network, 0, 0.2, widths, act_bits)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
+from onnx_pairs import outputs, without_and_with
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,11 +27,6 @@ def finished(net: nn.Module, images: Tensor, bits: int = 8) -> nn.Module:
     return freeze(compress(network, policy, calibrate(network, [(images, None)])))
 
 
-def outputs(model: onnx.ModelProto, x: Tensor) -> np.ndarray:
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return session.run(None, {"images": x.numpy()})[0]
-
-
 def inputs_of_convolutions(model: onnx.ModelProto) -> list[tuple[int, int]]:
     """Inputs of a kernel and groups, in order."""
     sizes = {tensor.name: tensor.dims for tensor in model.graph.initializer}
@@ -41,17 +38,16 @@ def inputs_of_convolutions(model: onnx.ModelProto) -> list[tuple[int, int]]:
     return found
 
 
-def without(monkeypatch: pytest.MonkeyPatch, final: nn.Module, images: Tensor) -> onnx.ModelProto:
-    with monkeypatch.context() as patch:
-        patch.setattr("ajpq.onnx_export.fill_fours", lambda model: None)
-        return onnx.load_from_string(to_onnx(final, images))
+def few_layers() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2), nn.Flatten())
 
 
-@pytest.mark.parametrize("bits", [8, pytest.param(3, marks=pytest.mark.slow)])
-def test_images_of_three_colours(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bits", [8, 3])
+@pytest.mark.parametrize("net", [few_layers, pytest.param(models.resnet20, marks=pytest.mark.slow)])
+def test_images_of_three_colours(net: Callable[[], nn.Module], bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.randn(6, 3, 32, 32)
-    final = finished(models.resnet20(), images, bits)
-    plain, ours = without(monkeypatch, final, images), onnx.load_from_string(to_onnx(final, images))
+    final = finished(net(), images, bits)
+    plain, ours = without_and_with("fill_fours", final, images, monkeypatch)
     assert inputs_of_convolutions(plain)[0] == (3, 1) and inputs_of_convolutions(ours)[0] == (4, 1)
     assert inputs_of_convolutions(plain)[1:] == inputs_of_convolutions(ours)[1:]
     onnx.checker.check_model(ours, full_check=True)
@@ -62,7 +58,7 @@ def test_narrow_depthwise_layer_makes_the_fourth_itself(monkeypatch: pytest.Monk
     monkeypatch.setattr("ajpq.onnx_export.fold_stems", lambda model: None)  # which makes 32 of four
     images = torch.randn(4, 3, 32, 64)
     final = finished(models.skynet(), images)
-    plain, ours = without(monkeypatch, final, images), onnx.load_from_string(to_onnx(final, images))
+    plain, ours = without_and_with("fill_fours", final, images, monkeypatch)
     assert inputs_of_convolutions(plain)[:2] == [(1, 3), (3, 1)] and inputs_of_convolutions(ours)[:2] == [
         (3, 1),
         (4, 1),
@@ -89,7 +85,7 @@ class Shared(nn.Module):
 def test_several_readers(alike: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.randn(4, 4, 9, 9)
     final = finished(Shared(alike), images)
-    plain, ours = without(monkeypatch, final, images), onnx.load_from_string(to_onnx(final, images))
+    plain, ours = without_and_with("fill_fours", final, images, monkeypatch)
     onnx.checker.check_model(ours, full_check=True)
     assert np.array_equal(outputs(plain, images), outputs(ours, images))
 
@@ -121,7 +117,7 @@ class Seen(nn.Module):
 def test_what_others_read_stays(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.randn(4, 3, 10, 10)
     final = finished(net, images)
-    plain, ours = without(monkeypatch, final, images), onnx.load_from_string(to_onnx(final, images))
+    plain, ours = without_and_with("fill_fours", final, images, monkeypatch)
     onnx.checker.check_model(ours, full_check=True)
     assert np.array_equal(outputs(plain, images), outputs(ours, images))
 
@@ -134,7 +130,7 @@ def test_a_wide_float_depthwise_layer_stays_depthwise(monkeypatch: pytest.Monkey
     widths = {name: np.full_like(bits, 32) if name == "1" else bits for name, bits in policy.weight_bits.items()}
     policy = CompressionPolicy(widths, policy.act_bits)
     final = freeze(compress(network, policy, calibrate(network, [(images, None)])))
-    plain, ours = without(monkeypatch, final, images), onnx.load_from_string(to_onnx(final, images))
+    plain, ours = without_and_with("fill_fours", final, images, monkeypatch)
     assert inputs_of_convolutions(ours) == [(4, 1), (1, 30), (32, 1)]
     assert np.array_equal(outputs(plain, images), outputs(ours, images))
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
+from onnx_pairs import outputs, without_and_with
 from torch import Tensor, nn
 
 from ajpq import models
 from ajpq.calibration import calibrate
 from ajpq.compression import compress, freeze
-from ajpq.onnx_export import to_onnx
 from ajpq.policy import CompressionPolicy
 from ajpq.tracing import trace
 
@@ -44,15 +43,7 @@ def written(net: nn.Module, images: Tensor, monkeypatch, bits: int = 8) -> tuple
     network = trace(net.eval(), images)
     policy = CompressionPolicy.homogeneous(network, bits, 8)
     final = freeze(compress(network, policy, calibrate(network, [(images, None)])))
-    ours = onnx.load_from_string(to_onnx(final, images))
-    with monkeypatch.context() as patch:
-        patch.setattr("ajpq.onnx_export.fold_stems", lambda model: None)
-        return onnx.load_from_string(to_onnx(final, images)), ours
-
-
-def outputs(model: onnx.ModelProto, x: Tensor) -> np.ndarray:
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return session.run(None, {"images": x.numpy()})[0]
+    return without_and_with("fold_stems", final, images, monkeypatch)
 
 
 def kernels(model: onnx.ModelProto) -> list[tuple[list[int], list[int]]]:
@@ -61,7 +52,7 @@ def kernels(model: onnx.ModelProto) -> list[tuple[list[int], list[int]]]:
     return [(one["kernel_shape"], one["strides"]) for one in told]
 
 
-@pytest.mark.parametrize("bits", [8, 3])
+@pytest.mark.parametrize("bits", [8, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("first", "size", "kernel"),
     [
@@ -101,7 +92,7 @@ def test_skynet_computes_blocks(monkeypatch) -> None:
         (lambda: Stem(nn.Conv2d(3, 4, 3, dilation=2), 16, nn.MaxPool2d(2)), (16, 24)),
         (lambda: Stem(nn.Conv2d(3, 8, 3, padding=1), 16, nn.MaxPool2d(2)), (16, 24)),  # many channels already
         (lambda: Stem(depthwise(), 160, nn.MaxPool2d(2)), (16, 24)),  # many kernels: their work counts
-        (models.resnet20, (32, 32)),
+        pytest.param(models.resnet20, (32, 32), marks=pytest.mark.slow),
     ],
 )
 def test_other_beginnings_are_left_alone(net, size, monkeypatch) -> None:

@@ -114,6 +114,7 @@ def test_a_killed_actor_is_replaced_and_nothing_is_lost(slow, policies):
     assert killed in before and killed not in after and len(after & before) == 1
 
 
+@pytest.mark.slow
 def test_errors_keep_their_type_and_a_policy_that_kills_every_actor_is_one(cluster, setting, policies, tmp_path):
     log = tmp_path / "log"
     faulty, deadly = (policies[i].mean_bits() for i in (2, 3))
@@ -260,6 +261,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_quiet_cluster_of_its_own_finds_the_users_modules_and_obeys_ctrl_c(cluster, tmp_path: Path):
     (tmp_path / "my_scores.py").write_text(MODULE)
     (tmp_path / "script.py").write_text(SCRIPT)

@@ -151,8 +151,7 @@ def test_a_channel_that_another_one_tells_is_not_missed(reader):
         "chain",
         "digits_cnn",
         "resnet20",
-        pytest.param("mobilenet_v3_small", marks=pytest.mark.slow),
-        "shufflenet_v2_x0_5",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("mobilenet_v3_small", "shufflenet_v2_x0_5")),
     ),
 )
 def test_outputs_come_closer_than_with_matched_norms(name):

@@ -72,7 +72,9 @@ def known(rows: list[dict]) -> list[dict]:
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
-@pytest.mark.parametrize("every", [4, 10**9], ids=["state", "replay"])
+@pytest.mark.parametrize(
+    "every", [pytest.param(4, id="state"), pytest.param(10**9, id="replay", marks=pytest.mark.slow)]
+)
 def test_ten_kills_change_nothing(weights, whole, tmp_path, every):
     moments = random.Random(every)
     torch.set_num_threads(1)

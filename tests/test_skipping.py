@@ -240,7 +240,7 @@ def setting_of(network: Network, correction: str) -> Setting:
 
 
 @pytest.mark.parametrize("correction", CORRECTIONS)
-@pytest.mark.parametrize("name", ("digits_cnn", "resnet20_b", "pre_activation"))
+@pytest.mark.parametrize("name", ("digits_cnn", "pre_activation", pytest.param("resnet20_b", marks=pytest.mark.slow)))
 def test_the_fast_scores_equal_the_reference(name, correction):
     network = NETWORKS[name]()
     setting = setting_of(network, correction)

@@ -68,7 +68,7 @@ def test_nothing_pruned_is_the_original_bit_for_bit():
     assert difference(model_of("digits_cnn"), compress(network, CompressionPolicy.homogeneous(network)), x) == 0
 
 
-@pytest.mark.parametrize("start", range(0, 50, 10))
+@pytest.mark.parametrize("start", [0, 10, *(pytest.param(n, marks=pytest.mark.slow) for n in (20, 30, 40))])
 def test_random_networks_are_shrunk_faithfully(start):
     pruned = 0
     for seed in range(start, start + 10):
