@@ -17,8 +17,7 @@ from agents.uniform import homogeneous_within
 from ajpq import quantize
 from ajpq.bank import WeightBank
 from ajpq.calibration import InputRange
-from ajpq.elimination import elimination
-from ajpq.importance import gains
+from ajpq.importance import Errors, gains
 from ajpq.network import LayerSpec, Network
 from ajpq.policy import CompressionPolicy
 from ajpq.problem import Problem
@@ -74,20 +73,18 @@ def weight_sensitivity(problem: Problem) -> Sensitivity:
     order (Lin, Talathi and Annapureddy 2016, arXiv 1511.06393, section 3); that they are worth the same in every layer
     is their assumption, too.
 
-    Where `elimination` is the importance, the table has its errors at 0 bits, which are such ratios at the outputs of
-    those who read a channel, shared out equally among the kernels that write it.
+    Where the importance gives `importance.Errors`, as `elimination` does, the table has those at 0 bits, shared out
+    equally among the kernels that write a channel.
     """
     space, network = problem.space, problem.space.network
-    writers = np.zeros(network.n_channels)
-    for layer in network.layers:
-        np.add.at(writers, layer.writes, 1)
+    writers = np.bincount(np.concatenate([layer.writes for layer in network.layers]), minlength=network.n_channels)
     bank, factors = WeightBank(network), gains(network)
     weights, acts = {}, {}
     for layer in network.layers:
         power = np.square(factors.get(layer.name, np.ones(layer.c_out)))
         errors = {b: power * _squared_error(bank, layer, b) for b in (0, *space.widths(layer))}
         weights[layer.name] = {b: error / max(errors[0].sum(), 1e-30) for b, error in errors.items()}
-        if problem.importance is elimination:
+        if isinstance(space.scores, Errors):
             shares = space.scores[layer.name] / writers[layer.writes]
             weights[layer.name][0] = np.where(network.prunable[layer.writes], shares, weights[layer.name][0])
         acts[layer.name] = {b: _noise_to_signal(problem.calibration[layer.name], b) for b in space.acts(layer)}

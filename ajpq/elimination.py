@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ajpq.errors import AjpqError
 from ajpq.goals import samples_of
-from ajpq.importance import gains, magnitude
+from ajpq.importance import Errors, gains, magnitude
 from ajpq.loaders import Batches
 from ajpq.network import LayerSpec, Network, Space
 from ajpq.reconstruction import NOISE, RIDGE
@@ -28,7 +28,7 @@ LARGE, SHRINK = 256, 0.75  # matrices larger than this are made smaller when les
 
 
 @torch.no_grad()
-def elimination(network: Network, batches: Batches, task: Task = CLASSIFICATION) -> dict[str, np.ndarray]:
+def elimination(network: Network, batches: Batches, task: Task = CLASSIFICATION) -> Errors:
     """The error that removing a channel adds at the outputs of all layers that read it, their other weights solved for
     anew, when channels of a space go one after another, the cheapest first:
 
@@ -50,7 +50,7 @@ def elimination(network: Network, batches: Batches, task: Task = CLASSIFICATION)
         if space.prunable:
             readers = [reader for reader in problems if np.isin(reader.owners, space.channels).any()]
             scores[space.channels] = _one_by_one(space, readers)
-    found = magnitude(network)
+    found = Errors(magnitude(network))
     for layer in network.layers:
         of_kernels = scores[layer.writes]
         known = np.isfinite(of_kernels)

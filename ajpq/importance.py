@@ -29,6 +29,11 @@ IMAGES = 32  # in memory at once, with all their activations
 NUMBERS = 2**23  # of a layer's gradients per image, in memory at once
 
 
+class Errors(dict[str, np.ndarray]):
+    """Scores in a unit: what pruning the kernel's channel adds to noise over signal, summed over the outputs of the
+    layers that read it. A criterion that gives these tells `agents.sensitivity` what pruning costs, too."""
+
+
 def gains(network: Network) -> dict[str, np.ndarray]:
     """|gamma / sigma| of the norm folded into each layer, (c_out,)."""
     found = {}

@@ -146,7 +146,7 @@ class Problem:
         self.budget = reachable(self.space, budget, costs)
         self.calibration = calibrate(self.network, calibration)
         check_scales(self.network, self.calibration)
-        self.task, self.choices, self.reward, self.importance = task, choices, reward, importance
+        self.task, self.choices, self.reward = task, choices, reward
         self.train, self.on_evaluation = train, on_evaluation
         norm_data = take(calibration, norm_images) if norm_images else []
         self.evaluator = evaluator(

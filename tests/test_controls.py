@@ -274,7 +274,7 @@ def test_weight_sensitivity_is_noise_over_signal_of_the_folded_layer():
 
 def test_by_elimination_pruning_costs_what_the_readers_lose():
     network = network_of("digits_cnn")
-    problem = problem_with(network, {"size": 0.2}, Choices(), importance=elimination)
+    problem = problem_with(network, {"size": 0.2}, Choices(), importance=lambda *given: elimination(*given))
     other = weight_sensitivity(problem_with(network, {"size": 0.2}, Choices()))
     found, of_channels = weight_sensitivity(problem), np.zeros(network.n_channels)
     for layer in network.layers:
