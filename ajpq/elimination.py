@@ -79,6 +79,9 @@ class _Blocks:
     """A reader while channels go, one after another. columns: int64 (m,) of every channel, its inputs; m may be 0."""
 
     def __init__(self, inverse: Tensor, products: Tensor, columns: list[Tensor]) -> None:
+        self._hold(inverse, products, columns)
+
+    def _hold(self, inverse: Tensor, products: Tensor, columns: list[Tensor]) -> None:
         self.inverse, self.products, self.columns = inverse, products, columns
         self.stay = torch.ones(len(inverse), dtype=torch.bool)
         self.plan = []  # of channels with as many inputs: their places, and their inputs (c, m)
@@ -124,7 +127,7 @@ class _Blocks:
     def _shrink(self) -> None:
         at, places = torch.where(self.stay)[0], self.stay.cumsum(0) - 1
         columns = [places[c[self.stay[c]]] for c in self.columns]
-        self.__init__(self.inverse[at][:, at], self.products[at][:, at], columns)
+        self._hold(self.inverse[at][:, at], self.products[at][:, at], columns)
 
 
 def _one_by_one(space: Space, readers: list[_Reader]) -> np.ndarray:

@@ -73,11 +73,11 @@ def check_settings(cfg: DictConfig) -> None:
         raise AjpqError(f"seconds must be above 0, but it is {cfg.seconds!r}; write seconds=0.05")
 
 
-# -- what= ------------------------------------------------------------------------------------------------------------
-
-
 def _runtimes(cfg: DictConfig) -> list[str]:
     return list(cfg.runtime) if OmegaConf.is_list(cfg.runtime) else [cfg.runtime]
+
+
+# -- what= ------------------------------------------------------------------------------------------------------------
 
 
 def _compare(cfg: DictConfig, devices: Mapping[str, Runner], folder: Path, screen: Screen) -> None:
