@@ -20,8 +20,9 @@ from ajpq.compression import check_scales
 from ajpq.correction import check_correction
 from ajpq.cost import BOPs, CostModel, MACs, Size
 from ajpq.draft import Draft
+from ajpq.elimination import elimination
 from ajpq.errors import AjpqError
-from ajpq.importance import Importance, magnitude
+from ajpq.importance import Importance
 from ajpq.loaders import Batches, take
 from ajpq.network import Network
 from ajpq.policy import CompressionPolicy
@@ -128,7 +129,7 @@ class Problem:
         *,
         choices: Choices | None = None,
         costs: Mapping[str, CostModel] | None = None,
-        importance: Importance = magnitude,
+        importance: Importance = elimination,
         reward: Reward = accuracy_reward,
         norm_images: int = 400,
         original: Network | None = None,

@@ -112,7 +112,7 @@ class CompressionEnv(gymnasium.Env):
     | choices.max_sparsity | 0.8 | largest sparsity of a space | fraction | AMC |
     | choices.round_to | 1 | a pruned space keeps a multiple of so many channels: a sparsity is rounded down to one | channels | AMC (8) |
     | choices.first_last | 8 | width of weights and input of the first and the last layer | bit | HAQ |
-    | problem.importance | magnitude | orders channels and kernels | see the criterion | AMC |
+    | problem.importance | elimination | orders channels and kernels | see the criterion | ours (AMC: magnitude) |
     | problem.norm_images | 400 | re-estimate batch-norms before a score | images | ours |
     | problem.reward | accuracy_reward | what is maximised | fraction | AMC, HAQ |
 

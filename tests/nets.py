@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ajpq import quantize
 from ajpq.calibration import Calibration, InputRange
+from ajpq.importance import magnitude
 from ajpq.models import digits_cnn, resnet20
 from ajpq.network import Network
 from ajpq.policy import CompressionPolicy
@@ -380,7 +381,9 @@ def batches_of(network: Network, count: int = 1, size: int = 8, seed: int = 0) -
 
 
 def problem_of(name: str = "digits_cnn", budget: dict[str, float] | None = None, **options) -> Problem:
-    """A problem on noise. evaluator: policy -> accuracy; if not given the mean width, so that nothing is run."""
+    """A problem on noise. evaluator: policy -> accuracy; if not given the mean width, so that nothing is run.
+    importance: if not given that of the weights, which is there at once."""
     network = network_of(name)
     options["evaluator"] = each(options.get("evaluator", lambda policy: policy.mean_bits() / 32))
+    options.setdefault("importance", magnitude)
     return Problem(network, batches_of(network), batches_of(network, seed=1), budget or {"size": 0.1}, **options)

@@ -13,8 +13,8 @@ from stable_baselines3.common.env_checker import check_env as check_env_sb3
 from torch import nn
 
 from ajpq import testing
+from ajpq.elimination import elimination
 from ajpq.errors import AjpqError
-from ajpq.importance import magnitude
 from ajpq.policy import CompressionPolicy
 from ajpq.problem import Problem
 from ajpq.rewards import accuracy_reward
@@ -189,7 +189,7 @@ def test_the_docstring_lists_every_hyper_parameter_with_its_default():
     for name, value in defaults.items():
         text = ", ".join(map(str, value)) if isinstance(value, tuple) else getattr(value, "__name__", str(value))
         assert table[name][1] == text and all(table[name]), name
-    assert defaults["problem.importance"] is magnitude and defaults["problem.reward"] is accuracy_reward
+    assert defaults["problem.importance"] is elimination and defaults["problem.reward"] is accuracy_reward
     arguments = CompressionEnv.__doc__.split("### Arguments")[1]
     assert all(f"{name}:" in arguments for name in inspect.signature(CompressionEnv).parameters)
 
