@@ -256,7 +256,7 @@ def test_nsga2_tells_optuna_of_policies_outside_the_budgets_without_scoring_them
 def test_weight_sensitivity_is_noise_over_signal_of_the_folded_layer():
     network = network_of("digits_cnn")
     choices = Choices(act_bits=(2, 4, 8), first_last=None)
-    found = weight_sensitivity(problem_with(network, {"size": 0.2}, choices))
+    found = weight_sensitivity(problem_with(network, {"size": 0.2}, choices, importance=magnitude))
     norms = {norm.folds_into: network.module.get_submodule(norm.name) for norm in network.norms}
     for layer in network.layers:
         weight, norm = network.module.get_submodule(layer.name).weight.detach(), norms.get(layer.name)
@@ -275,7 +275,7 @@ def test_weight_sensitivity_is_noise_over_signal_of_the_folded_layer():
 def test_by_elimination_pruning_costs_what_the_readers_lose():
     network = network_of("digits_cnn")
     problem = problem_with(network, {"size": 0.2}, Choices(), importance=lambda *given: elimination(*given))
-    other = weight_sensitivity(problem_with(network, {"size": 0.2}, Choices()))
+    other = weight_sensitivity(problem_with(network, {"size": 0.2}, Choices(), importance=magnitude))
     found, of_channels = weight_sensitivity(problem), np.zeros(network.n_channels)
     for layer in network.layers:
         np.add.at(of_channels, layer.writes, found.weights[layer.name][0])

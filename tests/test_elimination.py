@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from nets import batches_of, conv, network_of, traced
+from nets import TORCHVISION, batches_of, conv, network_of, traced
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -100,7 +100,11 @@ def test_what_is_read_twice_through_others_or_pixel_by_pixel():
 
 
 @pytest.mark.parametrize(
-    "name", ("digits_cnn", "resnet20", "shufflenet_v2_x0_5", pytest.param("mobilenet_v3_small", marks=pytest.mark.slow))
+    "name",
+    (
+        *("digits_cnn", "resnet20", "shufflenet_v2_x0_5"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in TORCHVISION if name != "shufflenet_v2_x0_5"),
+    ),
 )
 def test_any_network_has_an_order_and_is_left_as_it_was(name):
     network = network_of(name)
