@@ -7,39 +7,37 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torchvision.transforms import v2
 
 from ajpq.data import Data
-from ajpq.epochs import begun
 from ajpq.errors import AjpqError, check_counts
 from ajpq.pictures import PartOfPictures, Pictures, pictures_under
+from ajpq.views import MODES, ZOOM, View, Views, kept
 
 Labelled = dict[Path, list[tuple[float, float, float, float]]]  # image -> corners x1, y1, x2, y2 in pixels
-RESIZE = {"nearest": Image.NEAREST, "bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}
 
 
 class BoxBatches(PartOfPictures):
     """Batches of normalised float32 images (N, 3, H, W) and boxes (N, M, 4): corners as fractions, unused rows all -1.
 
-    pictures: of one size, their targets are the boxes. mean, std: of pixel / 255. Where the order is shuffled images
-    are augmented: mirrored with probability 1/2, moved by up to `move` of their width and height (what leaves the image
-    is cut off its box; a box that loses more than half is dropped) and changed in brightness by up to `light`.
+    pictures: of any size, their targets are the boxes. size: (H, W) of the images. resize: nearest, bilinear or
+        bicubic. mean, std: of pixel / 255. views: what augmentation does where the order is shuffled.
     scenes: int64, for every picture: the same number for images that may show the same scene. None = every image by
         itself.
     """
 
     def __init__(
-        self, pictures: Pictures, images: Tensor, batch_size: int, *, mean: float = 0.5, std: float = 0.25,
-        shuffle: int | None = None, move: float = 0.1, light: float = 0.2, workers: int = 0,
+        self, pictures: Pictures, images: Tensor, batch_size: int, *, size: tuple[int, int], resize: str = "nearest",
+        mean: float = 0.5, std: float = 0.25, shuffle: int | None = None, views: Views | None = None, workers: int = 0,
         scenes: Tensor | None = None,
     ) -> None:  # fmt: skip
         super().__init__(pictures, images, batch_size, shuffle, workers)
-        self.mean, self.std, self.move, self.light, self.scenes = mean, std, move, light, scenes
+        self.size, self.resize, self.mean, self.std, self.scenes = tuple(size), resize, mean, std, scenes
+        self.views = views or Views()
 
     @property
     def boxes(self) -> Tensor:
@@ -55,58 +53,37 @@ class BoxBatches(PartOfPictures):
         return self.scenes[self.images[~torch.isin(self.images, lost)]]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        epoch = None if self._epochs is None else begun(self._epochs)
-        order = self.images if epoch is None else self.images[torch.randperm(len(self.images), generator=epoch)]
-        keys = [[(number, None) for number in part.tolist()] for part in order.split(self.batch_size)[: len(self)]]
-        for images, numbers in self.pictures.batches(keys, v2.Identity(), self.workers):
+        keys = self.keys()
+        seeds = dict(key for batch in keys for key in batch)
+        for images, numbers in self.pictures.batches(keys, self._seen, self.workers):
             boxes = self.pictures.targets[numbers]
-            if epoch is not None:
-                images, boxes = self._augmented(images, boxes, epoch)
+            if self._epochs is not None:
+                views = (self.views.draw(torch.Generator().manual_seed(seeds[number])) for number in numbers.tolist())
+                boxes = torch.stack([view.boxes(found) for view, found in zip(views, boxes, strict=True)])
             yield (images.float() / 255 - self.mean) / self.std, boxes
 
-    def _augmented(self, images: Tensor, boxes: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        n, c, h, w = images.shape
-        mirrored = torch.rand(n, 1, generator=generator) < 0.5
-        moved = (2 * torch.rand(2, n, 1, generator=generator) - 1) * self.move
-        dy, dx = (moved[0] * h).round().long(), (moved[1] * w).round().long()  # (n, 1)
-        rows, cols = torch.arange(h) - dy, torch.arange(w) - dx  # (n, h), (n, w): where a pixel comes from
-        seen = ((rows >= 0) & (rows < h))[:, None, :, None] & ((cols >= 0) & (cols < w))[:, None, None, :]
-        cols = torch.where(mirrored, w - 1 - cols, cols).clamp(0, w - 1)
-        taken = images[
-            torch.arange(n).view(n, 1, 1, 1),
-            torch.arange(c).view(1, c, 1, 1),
-            rows.clamp(0, h - 1)[:, None, :, None],
-            cols[:, None, None, :],
-        ]
-        light = 1 + (2 * torch.rand(n, 1, 1, 1, generator=generator) - 1) * self.light
-        pixels = torch.where(seen, (taken.float() * light).clamp(0, 255), torch.full((), 127.5))
-        return pixels, _moved(boxes, mirrored, dx / w, dy / h)
-
-
-def _moved(boxes: Tensor, mirrored: Tensor, dx: Tensor, dy: Tensor) -> Tensor:
-    """boxes (N, M, 4) after mirroring (N, 1) and a shift (N, 1) by fractions of the image; lost ones are -1."""
-    x1, y1, x2, y2 = boxes.unbind(-1)
-    x1, x2 = torch.where(mirrored, 1 - x2, x1), torch.where(mirrored, 1 - x1, x2)
-    whole = torch.stack([x1 + dx, y1 + dy, x2 + dx, y2 + dy], dim=-1)
-    cut = whole.clamp(0, 1)
-    area, left = ((b[..., 2:] - b[..., :2]).clamp(min=0).prod(-1) for b in (whole, cut))
-    kept = (boxes[..., 2] > boxes[..., 0]) & (left > area / 2)
-    return torch.where(kept[..., None], cut, torch.full((), -1.0))
+    def _seen(self, image: Tensor) -> Tensor:
+        """uint8 (3, H, W) of any size -> of ours; where there is augmentation, torch's generator has the seed of it."""
+        view = View() if self._epochs is None else self.views.draw(torch.default_generator)
+        return view.pixels(image, self.size, self.resize)
 
 
 def dac_sdc(
     root: str | Path, seed: int = 0, size: tuple[int, int] = (160, 320), batch_size: int = 16, train: float = 0.6,
-    search: float = 0.15, block: int = 20, calibration_images: int = 200, resize: str = "nearest", workers: int = 0,
-    cache_bytes: int = 2**30, eval_batch_size: int = 25, unlabelled: str | Path | Sequence[str | Path] | None = None,
+    search: float = 0.15, block: int = 20, calibration_images: int = 200, resize: str = "nearest", zoom: float = ZOOM,
+    workers: int = 0, cache_bytes: int = 2**30, eval_batch_size: int = 25,
+    unlabelled: str | Path | Sequence[str | Path] | None = None,
 ) -> Data:  # fmt: skip
     """UAV frames with one object each: `root`/boxes.csv (file, xmin, ymin, xmax, ymax in pixels) and `root`/images.
 
     Frames that follow each other may show the same scene: whole blocks of `block` consecutive frames (20: our choice)
     go to train, search or test, and count as one where the test split says how sure a difference is. train, search:
     fractions of the blocks; the rest is the test split. size: (H, W) of the network's input. resize: nearest, bilinear
-    or bicubic. workers: processes that read. cache_bytes: of resized images kept in memory, at most, 3 * H * W for each
-    (0.15 MB at 160 x 320); what does not fit is read anew in every epoch. unlabelled: a folder of further pictures, or
-    several, see `Data`; they are resized and augmented like frames, and kept in as much memory again.
+    or bicubic. zoom: training sees exp(-zoom) to exp(zoom) of a frame's width and height, see `Views`. workers:
+    processes that read. cache_bytes: of frames kept in memory, at most, 3 bytes for each of their pixels (of 640 x 360
+    0.7 MB; larger than 2.5 times `size` they are kept smaller); what does not fit is read anew in every epoch.
+    unlabelled: a folder of further pictures, or several, see `Data`; they are resized and augmented like frames, and
+    kept in as much memory again.
 
     Raises AjpqError for a missing folder or table, and more than 1 % unreadable images; fewer are left out with a
     warning.
@@ -137,15 +114,17 @@ def dac_sdc(
             f"{len(order)} blocks empty; change them or `block`"
         )
     parts = [torch.from_numpy(np.flatnonzero(np.isin(blocks, some))) for some in np.split(order, ends)]
-    data = _splits(pictures, parts, seed, batch_size, eval_batch_size, calibration_images, workers,
-                   torch.from_numpy(blocks))  # fmt: skip
+    data = _splits(
+        pictures, parts, seed, batch_size, eval_batch_size, calibration_images, zoom, size=size, resize=resize,
+        workers=workers, scenes=torch.from_numpy(blocks),
+    )  # fmt: skip
     return _beside(data, unlabelled, size, resize, cache_bytes)
 
 
 def coco(
     root: str | Path, seed: int = 0, size: tuple[int, int] = (160, 320), batch_size: int = 16, search: float = 0.2,
-    calibration_images: int = 200, resize: str = "nearest", workers: int = 0, cache_bytes: int = 2**30,
-    eval_batch_size: int = 25, annotations: str = "_annotations.coco.json",
+    calibration_images: int = 200, resize: str = "nearest", zoom: float = ZOOM, workers: int = 0,
+    cache_bytes: int = 2**30, eval_batch_size: int = 25, annotations: str = "_annotations.coco.json",
     unlabelled: str | Path | Sequence[str | Path] | None = None,
 ) -> Data:  # fmt: skip
     """Images with boxes in COCO's json: `root`/train and `root`/valid (or test), each with images and `annotations`.
@@ -161,8 +140,10 @@ def coco(
         raise AjpqError(f"`0 < search < 1` must hold and leave images to train on, but {search=}; use search=0.2")
     order = torch.randperm(len(ours), generator=torch.Generator().manual_seed(seed))
     parts = [order[count:], order[:count].sort().values, len(ours) + torch.arange(len(theirs))]
-    data = _splits(_pictures(ours | theirs, size, resize, cache_bytes), parts, seed, batch_size, eval_batch_size,
-                   calibration_images, workers)  # fmt: skip
+    data = _splits(
+        _pictures(ours | theirs, size, resize, cache_bytes), parts, seed, batch_size, eval_batch_size,
+        calibration_images, zoom, size=size, resize=resize, workers=workers,
+    )  # fmt: skip
     return _beside(data, unlabelled, size, resize, cache_bytes)
 
 
@@ -184,16 +165,15 @@ def _coco_boxes(path: Path) -> Labelled:
 
 
 def _pictures(labelled: Labelled, size: Sequence[int], resize: str, cache_bytes: int) -> Pictures:
-    """Images (3, H, W) of `size` with boxes (M, 4) as fractions."""
+    """Pictures with boxes (M, 4) as fractions, to be seen at a size (H, W)."""
     check_counts(0, cache_bytes=cache_bytes)
-    if resize not in RESIZE:
-        raise AjpqError(f"resize must be one of {', '.join(RESIZE)}, but it is {resize!r}; choose one")
+    if resize not in MODES:
+        raise AjpqError(f"resize must be one of {', '.join(MODES)}, but it is {resize!r}; choose one")
     if not labelled:
         raise AjpqError("detection needs images, but the table names none; check data.root")
-    h, w = size
-    check_counts(1, height=h, width=w)
+    check_counts(1, height=size[0], width=size[1])
     boxes = torch.full((len(labelled), max(1, *map(len, labelled.values())), 4), -1.0)
-    pictures = Pictures(list(labelled), boxes, cache_bytes, lambda picture: picture.resize((w, h), RESIZE[resize]))
+    pictures = Pictures(list(labelled), boxes, cache_bytes, lambda picture: kept(picture, size, resize))
     for rows, corners, found in zip(boxes, labelled.values(), pictures.check(), strict=True):
         if corners and found:
             rows[: len(corners)] = torch.tensor(corners) / torch.tensor(found * 2, dtype=torch.float32)
@@ -202,14 +182,14 @@ def _pictures(labelled: Labelled, size: Sequence[int], resize: str, cache_bytes:
 
 def _splits(
     pictures: Pictures, parts: Sequence[Tensor], seed: int, batch_size: int, eval_batch_size: int,
-    calibration_images: int, workers: int, scenes: Tensor | None = None,
+    calibration_images: int, zoom: float, **settings: Any,
 ) -> Data:  # fmt: skip
-    check_counts(0, workers=workers)
+    """settings: of all loaders."""
+    check_counts(0, workers=settings["workers"])
     train, search, test = parts
     spread = train[torch.linspace(0, len(train) - 1, min(calibration_images, len(train))).long()]
-    settings = {"workers": workers, "scenes": scenes}
     return Data(
-        train=BoxBatches(pictures, train, batch_size, shuffle=seed, **settings),
+        train=BoxBatches(pictures, train, batch_size, shuffle=seed, views=Views(zoom=zoom), **settings),
         search=BoxBatches(pictures, search, eval_batch_size, **settings),
         test=BoxBatches(pictures, test, eval_batch_size, **settings),
         calibration=BoxBatches(pictures, spread, eval_batch_size, **settings),

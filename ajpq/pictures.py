@@ -233,6 +233,17 @@ class PartOfPictures:
     def __len__(self) -> int:
         return batches_in(len(self.images), self.batch_size, self._epochs)
 
+    def keys(self) -> list[list[tuple[int, int | None]]]:
+        """The number of every picture of the next epoch's batches, and the seed of its augmentation or None."""
+        if self._epochs is None:
+            keys = [(number, None) for number in self.images.tolist()]
+        else:
+            epoch = begun(self._epochs)
+            order = self.images[torch.randperm(len(self.images), generator=epoch)].tolist()
+            seeds = torch.randint(2**62, (len(order),), generator=epoch).tolist()
+            keys = list(zip(order, seeds, strict=True))
+        return [keys[i * self.batch_size : (i + 1) * self.batch_size] for i in range(len(self))]
+
 
 class PictureBatches(PartOfPictures):
     """Batches of normalised float32 images (n, 3, size, size) and labels (n,).
@@ -253,15 +264,7 @@ class PictureBatches(PartOfPictures):
         return self.pictures.targets[self.images]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        if self._epochs is None:
-            keys = [(number, None) for number in self.images.tolist()]
-        else:
-            epoch = begun(self._epochs)
-            order = self.images[torch.randperm(len(self.images), generator=epoch)].tolist()
-            seeds = torch.randint(2**62, (len(order),), generator=epoch).tolist()
-            keys = list(zip(order, seeds, strict=True))
-        batches = [keys[i * self.batch_size : (i + 1) * self.batch_size] for i in range(len(self))]
-        for images, numbers in self.pictures.batches(batches, self.transform, self.workers):
+        for images, numbers in self.pictures.batches(self.keys(), self.transform, self.workers):
             floats = functional.to_dtype(images, torch.float32, scale=True)
             yield functional.normalize(floats, self.mean, self.std, inplace=True), self.pictures.targets[numbers]
 

@@ -16,6 +16,7 @@ from ajpq.errors import AjpqError
 from ajpq.loaders import divide, join
 from ajpq.pictures import Pictures
 from ajpq.tasks import Classification, check_task
+from ajpq.views import MODES, View, Views, kept
 
 H, W = 4, 8
 TASK = Detection(anchors=((1.0, 2.0), (3.0, 3.0)))
@@ -143,40 +144,70 @@ def written(folder, images: torch.Tensor, boxes: torch.Tensor) -> Pictures:
     return Pictures(paths, boxes, cache_bytes=2**20)
 
 
-def scenes(folder, n: int = 30, h: int = 40, w: int = 80) -> Pictures:
+def scenes(folder, n: int = 30, h: int = 160, w: int = 320) -> Pictures:
     """Black images with one white rectangle each."""
     images, boxes = torch.zeros(n, 3, h, w, dtype=torch.uint8), torch.full((n, 2, 4), -1.0)
     rng = np.random.default_rng(0)
     for i in range(n):
-        x, y = int(rng.integers(20, 50)), int(rng.integers(10, 22))
-        images[i, :, y : y + 8, x : x + 12] = 255
-        boxes[i, 0] = torch.tensor([x / w, y / h, (x + 12) / w, (y + 8) / h])
+        x, y = int(rng.integers(100, 180)), int(rng.integers(50, 80))
+        images[i, :, y : y + 32, x : x + 48] = 255
+        boxes[i, 0] = torch.tensor([x / w, y / h, (x + 48) / w, (y + 32) / h])
     return written(folder, images, boxes)
 
 
-def test_boxes_stay_on_their_objects(tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("size", [(160, 320), (80, 160)])
+def test_boxes_stay_on_their_objects(tmp_path, size, workers):
+    h, w = size
     pictures, every = scenes(tmp_path), torch.arange(30)
-    loader = BoxBatches(pictures, every, 10, mean=0.0, std=1.0, shuffle=0, light=0.0)
-    places = set()
+    settings = {"size": size, "shuffle": 0, "workers": workers}
+    loader = BoxBatches(pictures, every, 10, mean=0.0, std=1.0, views=Views(light=0.0), **settings)
+    places, areas = set(), []
     for x, y in loader:
+        assert x.shape == (10, 3, h, w)
         for picture, (box, unused) in zip(x, y, strict=True):
             rows, cols = (picture[0] == 1).nonzero(as_tuple=True)
-            found = [cols.min() / 80, rows.min() / 40, (cols.max() + 1) / 80, (rows.max() + 1) / 40]
-            assert box.tolist() == pytest.approx([float(v) for v in found], abs=1e-5)
+            found = [cols.min() / w, rows.min() / h, (cols.max() + 1) / w, (rows.max() + 1) / h]
+            assert box.tolist() == pytest.approx([float(v) for v in found], abs=1.5 / h)
             assert unused.tolist() == [-1.0] * 4
             places.add(tuple(box.tolist()))
-    assert len(places) > 25
-    first, again = (next(iter(BoxBatches(pictures, every, 10, shuffle=0))) for _ in range(2))
+            areas.append(float((box[2:] - box[:2]).prod()) / (48 * 32 / (320 * 160)))
+    assert len(places) == 30
+    assert min(areas) < 0.8 and max(areas) > 1.25 and all(np.exp(-0.61) < area < np.exp(0.61) for area in areas)
+    first, again = (next(iter(BoxBatches(pictures, every, 10, **settings))) for _ in range(2))
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
 
 def test_boxes_that_leave_the_image_are_dropped(tmp_path):
     edge = torch.tensor([[[0.0, 0.4, 0.1, 0.6]]]).repeat(200, 1, 1)
     pictures = written(tmp_path, torch.zeros(200, 3, 20, 40, dtype=torch.uint8), edge)
-    loader = BoxBatches(pictures, torch.arange(200), 200, shuffle=0, move=0.2)
+    loader = BoxBatches(pictures, torch.arange(200), 200, size=(20, 40), shuffle=0, views=Views(move=0.2, zoom=0))
     _, boxes = next(iter(loader))
     width = boxes[:, 0, 2] - boxes[:, 0, 0]
     assert (boxes[:, 0, 0] == -1).any() and (width[boxes[:, 0, 0] >= 0] >= 0.05 - 1e-6).all()
+
+
+def test_what_is_beyond_the_picture_is_grey_in_every_light():
+    white = torch.full((3, 36, 64), 255, dtype=torch.uint8)
+    seen = View(across=2.0, down=2.0, light=0.8).pixels(white, (36, 64), "nearest")
+    assert (seen[:, 9:27, 16:48] == 204).all() and (seen == 127).sum() == 3 * 36 * 64 * 3 / 4
+
+
+@pytest.mark.parametrize("resize", MODES)
+@pytest.mark.parametrize("native", [(64, 36), (79, 45), (32, 18), (20, 11), (65, 41)])
+def test_without_augmentation_pictures_are_resized_as_pillow_does(tmp_path, native, resize):
+    noise = np.random.default_rng(0).integers(0, 256, (native[1], native[0], 3), dtype=np.uint8)
+    (picture := Image.fromarray(noise)).save(tmp_path / "noise.png")
+    pictures = Pictures([tmp_path / "noise.png"], torch.zeros(1, 1, 4), 0)
+    loader = BoxBatches(pictures, torch.arange(1), 1, size=(18, 32), resize=resize, mean=0.0, std=1 / 255)
+    wanted = torch.from_numpy(np.array(picture.resize((32, 18), MODES[resize][0]))).permute(2, 0, 1)
+    off = (next(iter(loader))[0][0].round() - wanted).abs().max()
+    assert off <= (0 if resize == "nearest" else 1)
+
+
+def test_large_pictures_are_kept_smaller():
+    for native, wanted in (((640, 360), (640, 360)), ((1600, 900), (800, 450)), ((4000, 300), (4000, 300))):
+        assert kept(Image.new("RGB", native), (160, 320), "nearest").size == wanted
 
 
 def dac_frames(folder, n: int, size: tuple[int, int] = (64, 36), suffix: str = "png"):
