@@ -268,6 +268,9 @@ def test_what_is_wrong_with_a_folder_is_said(frames, tmp_path):
         dac_sdc(frames, train=0.99)
     with pytest.raises(AjpqError, match="resize must be one of"):
         dac_sdc(frames, resize="lanczos")
+    for zoom in (-0.1, 2, True, "far"):
+        with pytest.raises(AjpqError, match="zoom must be a number from 0 to 1"):
+            dac_sdc(frames, block=4, zoom=zoom)
     with pytest.raises(AjpqError, match="_annotations.coco.json"):
         coco(tmp_path / "nowhere")
     (frames / "images" / "003.png").write_bytes(b"no image")
