@@ -16,7 +16,7 @@ from torch import Tensor
 from ajpq.data import Data
 from ajpq.errors import AjpqError, check_counts
 from ajpq.pictures import PartOfPictures, Pictures, pictures_under
-from ajpq.views import MODES, ZOOM, View, Views, kept
+from ajpq.views import MODES, View, Views, kept
 
 Labelled = dict[Path, list[tuple[float, float, float, float]]]  # image -> corners x1, y1, x2, y2 in pixels
 
@@ -70,7 +70,7 @@ class BoxBatches(PartOfPictures):
 
 def dac_sdc(
     root: str | Path, seed: int = 0, size: tuple[int, int] = (160, 320), batch_size: int = 16, train: float = 0.6,
-    search: float = 0.15, block: int = 20, calibration_images: int = 200, resize: str = "nearest", zoom: float = ZOOM,
+    search: float = 0.15, block: int = 20, calibration_images: int = 200, resize: str = "nearest", zoom: float = 0.0,
     workers: int = 0, cache_bytes: int = 2**30, eval_batch_size: int = 25,
     unlabelled: str | Path | Sequence[str | Path] | None = None,
 ) -> Data:  # fmt: skip
@@ -123,7 +123,7 @@ def dac_sdc(
 
 def coco(
     root: str | Path, seed: int = 0, size: tuple[int, int] = (160, 320), batch_size: int = 16, search: float = 0.2,
-    calibration_images: int = 200, resize: str = "nearest", zoom: float = ZOOM, workers: int = 0,
+    calibration_images: int = 200, resize: str = "nearest", zoom: float = 0.0, workers: int = 0,
     cache_bytes: int = 2**30, eval_batch_size: int = 25, annotations: str = "_annotations.coco.json",
     unlabelled: str | Path | Sequence[str | Path] | None = None,
 ) -> Data:  # fmt: skip

@@ -12,7 +12,6 @@ from torchvision.transforms.v2 import InterpolationMode, functional
 
 from ajpq.errors import AjpqError
 
-ZOOM = 0.25
 KEPT = 2.5  # times the size of what is seen: larger pictures are kept smaller
 STRETCH = 0.2  # of a zoom: how far width and height differ in it
 GREY = 127  # where a view reaches beyond the picture
@@ -68,13 +67,13 @@ class Views:
     exp(-zoom) to exp(zoom) of the picture's width and height. light: by which fraction pixels change, at most."""
 
     move: float = 0.1
-    zoom: float = ZOOM
+    zoom: float = 0.0
     light: float = 0.2
 
     def __post_init__(self) -> None:
         """Raises AjpqError."""
         if isinstance(self.zoom, bool) or not isinstance(self.zoom, int | float) or not 0 <= self.zoom <= 1:
-            raise AjpqError(f"zoom must be a number from 0 to 1, but it is {self.zoom!r}; write zoom={ZOOM}")
+            raise AjpqError(f"zoom must be a number from 0 to 1, but it is {self.zoom!r}; write zoom=0.25")
 
     def draw(self, generator: torch.Generator) -> View:
         """Mirrored with probability 1/2."""

@@ -161,7 +161,7 @@ def test_boxes_stay_on_their_objects(tmp_path, size, workers):
     h, w = size
     pictures, every = scenes(tmp_path), torch.arange(30)
     settings = {"size": size, "shuffle": 0, "workers": workers}
-    loader = BoxBatches(pictures, every, 10, mean=0.0, std=1.0, views=Views(light=0.0), **settings)
+    loader = BoxBatches(pictures, every, 10, mean=0.0, std=1.0, views=Views(zoom=0.25, light=0.0), **settings)
     places, areas = set(), []
     for x, y in loader:
         assert x.shape == (10, 3, h, w)
@@ -181,7 +181,7 @@ def test_boxes_stay_on_their_objects(tmp_path, size, workers):
 def test_boxes_that_leave_the_image_are_dropped(tmp_path):
     edge = torch.tensor([[[0.0, 0.4, 0.1, 0.6]]]).repeat(200, 1, 1)
     pictures = written(tmp_path, torch.zeros(200, 3, 20, 40, dtype=torch.uint8), edge)
-    loader = BoxBatches(pictures, torch.arange(200), 200, size=(20, 40), shuffle=0, views=Views(move=0.2, zoom=0))
+    loader = BoxBatches(pictures, torch.arange(200), 200, size=(20, 40), shuffle=0, views=Views(move=0.2))
     _, boxes = next(iter(loader))
     width = boxes[:, 0, 2] - boxes[:, 0, 0]
     assert (boxes[:, 0, 0] == -1).any() and (width[boxes[:, 0, 0] >= 0] >= 0.05 - 1e-6).all()
