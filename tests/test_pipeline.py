@@ -112,6 +112,12 @@ def test_report_says_how_sure_the_difference_is_and_how_fast_the_network(job):
     assert "on the same 360 test images, 95 % interval" in out and "ONNX Runtime, batch 1, 1 thread: int8" in out
 
 
+def test_log_of_a_run_is_ours(job):
+    lines = (job[0] / "ajpq.log").read_text().splitlines()
+    names = {line.split("][")[1] for line in lines if "[INFO]" in line}
+    assert names == {"ajpq"}
+
+
 def test_metrics_can_be_measured_again_from_the_files(job):
     folder, report, _ = job
     data, original = digits(seed=0), digits_cnn()
