@@ -19,6 +19,7 @@ from ajpq.console import Screen
 from ajpq.control import Beside, Comparison, Control
 from ajpq.errors import AjpqError, check_counts
 from ajpq.files import remove_parts, write_text
+from ajpq.held_out import held_out
 from ajpq.loaders import take
 from ajpq.onnx_check import seen
 from ajpq.onnx_export import FILE as ONNX
@@ -82,9 +83,13 @@ def run(cfg: DictConfig, folder: Path) -> None:
         raise
     path, onnx = _shipped(cfg, job, result.policy, final, folder, screen)
     loaded = load(path)
+    networks, others = {"original": model, "searched": searched, "final": loaded}, None
+    if job.held_out is not None:
+        with screen.stage("held out"):
+            others = held_out(networks, job.held_out, problem.task)
     with screen.stage("test"):
         found, values = {}, {}
-        for name, net in (("original", model), ("searched", searched), ("final", loaded)):
+        for name, net in networks.items():
             found[name], values[name] = measure(net, data.test, problem.task)
 
     costs = reporting.costs_of(problem, result.policy)
@@ -94,6 +99,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
         "metric": problem.task.metric,
         "metrics": {name: values[problem.task.metric] for name, values in found.items()},
         "metrics_in_full": found,
+        "held_out": others,
         "differences": reporting.differences(values, getattr(data.test, "blocks", None)),
         "bytes": {
             "original": costs["size"]["original"] / 8,

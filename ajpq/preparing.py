@@ -68,6 +68,12 @@ class Prepared:
             Correction(self.original, take(images, self.norm_images), self.correction)(student, policy)
         return student
 
+    @property
+    def held_out(self) -> Batches | None:
+        """The search split, unless `tuned` learns from it: what settings of `tuned` may be chosen by."""
+        learned = self.finetune["epochs"] and "search" in self.finetune.get("splits", TRAIN)
+        return None if learned else self.data.search
+
     def tuned(self, student: fx.GraphModule, policy: CompressionPolicy, data: Data, **options) -> fx.GraphModule:
         """The finished network: `student(policy)` fine-tuned on the splits of `data` that the settings name, by the
         keywords of `ajpq.finetuning.finetune` among them; it learns from the original if `distillation` is set.

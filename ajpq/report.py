@@ -146,6 +146,10 @@ def show(report: Mapping[str, Any], console: Console) -> None:
     whole = report["metrics_in_full"]
     for other in (name for name in whole["final"] if name != metric):
         table.add_row(f"{other} after fine-tuning", f"{whole['original'][other]:.4f}", f"{whole['final'][other]:.4f}")
+    if (others := report["held_out"]) is not None:
+        before, after = others["original"], others["final"]
+        table.add_row(f"{metric} after fine-tuning (search)", f"{before[metric]:.4f}", f"{after[metric]:.4f}")
+        table.add_row("divergence from the original (search)", "", f"{after['divergence']:.4f}")
     table.add_section()
     table.add_row(
         "bytes claimed",

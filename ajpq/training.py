@@ -29,14 +29,22 @@ from ajpq.training_state import TrainingState
 def measure(model: nn.Module, batches: Batches, task: Task = CLASSIFICATION) -> tuple[dict[str, float], dict]:
     """What the task reports of a split in one pass, fractions: its metrics, and those of every image, float64 (n,) in
     the order of the split. In eval mode; all modes are restored. Raises AjpqError if there is no image."""
+    outputs, targets = outputs_of(model, batches, task.metric)
+    values = {name: column.numpy() for name, column in task.per_image(outputs, targets).items()}
+    return task.metrics(outputs, targets), values
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, batches: Batches, metric: str = "metric") -> tuple[Tensor, Tensor]:
+    """Outputs (n, ...) and targets (n, ...) of a split, in eval mode; all modes are restored. Raises AjpqError if there
+    is no image, which the metric needs."""
     device = device_of(model)
     with _modes(model, training=False):
         pairs = [(model(x.to(device)).cpu(), y.cpu()) for x, y, *_ in batches]  # (N, C, H, W), (N, ...)
     if not sum(len(y) for _, y in pairs):
-        raise AjpqError(f"The {task.metric} needs at least one image, but the batches hold none: check the data split.")
-    outputs, targets = (torch.cat(column) for column in zip(*pairs, strict=True))
-    values = {name: column.numpy() for name, column in task.per_image(outputs, targets).items()}
-    return task.metrics(outputs, targets), values
+        raise AjpqError(f"The {metric} needs at least one image, but the batches hold none: check the data split.")
+    outputs, targets = zip(*pairs, strict=True)
+    return torch.cat(outputs), torch.cat(targets)
 
 
 def metrics(model: nn.Module, batches: Batches, task: Task = CLASSIFICATION) -> dict[str, float]:

@@ -18,7 +18,7 @@ import torch
 from hydra.errors import HydraException
 
 import ajpq
-from ajpq import pipeline
+from ajpq import pipeline, training
 from ajpq.console import Screen
 from ajpq.cost import Size, total
 from ajpq.data import digits
@@ -28,6 +28,7 @@ from ajpq.models import digits_cnn
 from ajpq.policy import CompressionPolicy
 from ajpq.preparing import Prepared, prepare
 from ajpq.shipping import load
+from ajpq.tasks import CLASSIFICATION
 from ajpq.trials import Tuner
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,6 +111,19 @@ def test_report_says_how_sure_the_difference_is_and_how_fast_the_network(job):
     assert row["ratio"] == pytest.approx(row["shipped"]["median"] / row["original"]["median"])
     assert report["onnx"]["claimed"] == {name: report["costs"][name]["ratio"] for name in ("macs", "bops")}
     assert "on the same 360 test images, 95 % interval" in out and "ONNX Runtime, batch 1, 1 thread: int8" in out
+
+
+def test_settings_can_be_chosen_without_the_test_split(job):
+    folder, report, out = job
+    data, original = digits(seed=0), digits_cnn()
+    ajpq.load_weights(original, folder / "original.safetensors")
+    final, found = load(folder), report["held_out"]
+    assert found["final"]["accuracy"] == ajpq.accuracy(final, data.search) != report["metrics"]["final"]
+    assert found["original"] == {**training.metrics(original.eval(), data.search), "divergence": 0.0}
+    with torch.no_grad():
+        apart = [CLASSIFICATION.divergences(final(x), original(x)) for x, *_ in data.search]
+    assert found["final"]["divergence"] == pytest.approx(float(torch.cat(apart).mean()), rel=1e-4)
+    assert f"{found['final']['divergence']:.4f}" in out and out.count("(search)") == 2
 
 
 def test_log_of_a_run_is_ours(job):
@@ -196,6 +210,7 @@ def test_a_found_network_learns_from_the_splits_that_it_is_told_to(tmp_path):
         final = job.tuned(job.student(policy), policy, replace(job.data, **parts))
         assert (parts["train"].read, parts["search"].read) == (True, "search" in splits)
         assert not parts["test"].read and not parts["calibration"].read
+        assert job.held_out is (None if "search" in splits else job.data.search)
         outputs[splits] = final(parts["calibration"][0][0])
     assert not torch.equal(*outputs.values())
 
