@@ -145,6 +145,7 @@ def test_ctrl_c_ends_all_jobs_and_keeps_what_they_wrote(tmp_path: Path, entry: s
         *QUICK,
         "search=random",
         "search.evaluations=99999",
+        *(["hydra.launcher.n_jobs=2"] if entry == "cores" else []),  # side by side on a single core, too
     ]
     process = subprocess.Popen(
         [sys.executable, "-c", HEARS_CTRL_C, *arguments],

@@ -282,7 +282,8 @@ def test_an_environment_in_the_users_folder_by_the_command_line(tmp_path):
     )
     program = "import sys; from ajpq.cli import main; sys.exit(main())"
     options = ["search=single", "search.env._target_=my_env.Thrifty", "search.evaluations=6", "search.warmup=3",
-               "train.epochs=1", "finetune=none", "threads=1", "onnx=false", "hydra.run.dir=run"]  # fmt: skip
+               "control=none", "train.epochs=1", "finetune=none", "threads=1", "onnx=false",
+               "hydra.run.dir=run"]  # fmt: skip
     done = subprocess.run([sys.executable, "-c", program, *options], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()) == 6
