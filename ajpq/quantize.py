@@ -116,21 +116,22 @@ def act_range(bits: int, signed: bool) -> tuple[int, int]:
 
 
 class _ActSTE(torch.autograd.Function):
-    """Per-tensor fake quantization; straight-through to x, LSQ's step-size gradient to the scale."""
+    """Per-tensor fake quantization; straight-through to x, LSQ's step-size gradient to the scale. What it gives is made
+    again for the gradient instead of kept: an activation behind it may overwrite it."""
 
     @staticmethod
     def forward(ctx, x: Tensor, scale: Tensor, lo: int, hi: int) -> Tensor:
-        out = _act(x, scale, lo, hi)
-        ctx.save_for_backward(x, scale, out)
+        ctx.save_for_backward(x, scale)
         ctx.range = lo, hi
-        return out
+        return _act(x, scale, lo, hi)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        x, scale, out = ctx.saved_tensors
+        x, scale = ctx.saved_tensors
         lo, hi = ctx.range
         to_x, to_scale = within(grad, x, scale, lo, hi), None
         if ctx.needs_input_grad[1]:  # d out / d scale: (out - x) / scale inside, out / scale outside
+            out = _act(x, scale, lo, hi)
             apart = out - x
             total = inner(to_x, apart)
             total = total + inner(torch.sub(grad, to_x, out=apart), out)

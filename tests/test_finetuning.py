@@ -46,6 +46,31 @@ def widths(module):
     return torch.cat([part.bits for part in quantized(module).values()])
 
 
+# -- operations that overwrite their input -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", (nn.ReLU, nn.LeakyReLU, nn.SiLU, nn.Hardswish, nn.ELU, nn.Mish))
+def test_activations_may_overwrite_what_a_quantizer_gives(activation):
+    model = nn.Sequential(
+        conv(3, 8), nn.BatchNorm2d(8), activation(inplace=True), conv(8, 8), nn.BatchNorm2d(8), activation(inplace=True)
+    )
+    network = traced(lambda m, x: m.head(m.body(x).mean((2, 3))), body=model, head=nn.Linear(8, 10))
+    batches = batches_of(network, count=2, size=8)
+    student = compress(network, CompressionPolicy.homogeneous(network, 4, 8), calibrate(network, batches))
+    finished = finetune(copy.deepcopy(student), batches, epochs=1)
+    x = batches[0][0]
+    assert torch.isfinite(finished(x)).all() and not torch.equal(finished(x), freeze(student)(x))
+
+
+@pytest.mark.parametrize("name", ("mobilenet_v3_small", "efficientnet_b0"))
+def test_networks_that_overwrite_can_be_fine_tuned(name):
+    network = network_of(name)
+    batches = batches_of(network, count=1, size=4)
+    student = compress(network, CompressionPolicy.homogeneous(network, 4, 8), calibrate(network, batches))
+    finished = finetune(student, batches, epochs=1)
+    assert torch.isfinite(finished(batches[0][0])).all()
+
+
 # -- batch-norms -------------------------------------------------------------------------------------------------------
 
 
