@@ -61,13 +61,18 @@ def compress(
 
 def check_scales(network: Network, calibration: Calibration) -> None:
     """Raises AjpqError for numbers that `freeze` could not finish in float16, before anything is spent: batch-norms of
-    their own, and layers all of whose steps would be hardly more than the smallest there are, unless what they put out
-    is as good as nothing."""
+    their own, layers with a bias or a step that is too large, and layers all of whose steps would be hardly more than
+    the smallest there are, unless what they put out is as good as nothing."""
     folded = {norm.folds_into: norm.name for norm in network.norms}
     for layer in network.layers:
-        top = network.module.get_submodule(layer.name).weight.abs().flatten(1).amax(1)
+        module = network.module.get_submodule(layer.name)
+        top, bias = module.weight.abs().flatten(1).amax(1), module.bias
         if layer.name in folded:
-            top = top * _affine(network.module.get_submodule(folded[layer.name]))[0].abs()
+            gain, shift = _affine(network.module.get_submodule(folded[layer.name]))
+            top, bias = top * gain.abs(), shift if bias is None else bias * gain + shift
+        _half(top / 127, "steps of weights", layer.name)  # at 8 bits
+        if bias is not None:
+            _half(bias, "biases", layer.name)
         largest, seen = top.max().item(), calibration[layer.name]
         if largest / 127 < _LEAST_STEP and largest * max(seen.high, -seen.low) > 0.01:
             raise AjpqError(
@@ -98,7 +103,7 @@ def freeze(student: fx.GraphModule) -> fx.GraphModule:
             source = node.args[0]
             layer = old.get_submodule(source.target) if source.op == "call_module" else None
             if isinstance(layer, _LAYERS) and getattr(module, "folds_into", None) == source.target:
-                old.set_submodule(source.target, _frozen(layer, gain, shift))
+                old.set_submodule(source.target, _frozen(source.target, layer, gain, shift))
                 _bypass(old.graph, node, source)
             else:
                 old.set_submodule(node.target, ChannelAffine(gain, shift))
@@ -107,7 +112,7 @@ def freeze(student: fx.GraphModule) -> fx.GraphModule:
     for name in names:
         module = old.get_submodule(name)
         if isinstance(module, _LAYERS):
-            old.set_submodule(name, _frozen(module, None, None))
+            old.set_submodule(name, _frozen(name, module, None, None))
         elif isinstance(module, ActQuant):
             old.set_submodule(name, _fixed(module))
     _silence(old)
@@ -137,7 +142,18 @@ def _fixed(act: nn.Module) -> ActQuant:
     return ActQuant(act.bits, act.signed, act.scale, learned=False)
 
 
-def _frozen(layer: nn.Module, gain: Tensor | None, shift: Tensor | None) -> FrozenLayer:
+def _half(values: Tensor, what: str, name: str) -> Tensor:
+    """`values` as float16, none of which may be too large for it."""
+    largest = values.abs().max().item()
+    if largest > _HALF_MAX:
+        raise AjpqError(
+            f"{what} must be at most {_HALF_MAX:,.0f} for float16, but the largest of {name!r} is {largest:,.0f}; "
+            "train on targets that are divided by their deviation, or on inputs that are"
+        )
+    return values.to(torch.float16)
+
+
+def _frozen(name: str, layer: nn.Module, gain: Tensor | None, shift: Tensor | None) -> FrozenLayer:
     """Codes of the layer's weights; gain and shift (c_out,) of a norm behind it multiplied into scales and bias."""
     weight, bias = layer.weight, layer.bias
     if isinstance(layer, QuantLayer):
@@ -156,9 +172,9 @@ def _frozen(layer: nn.Module, gain: Tensor | None, shift: Tensor | None) -> Froz
         raw = raw * gain[bits == FLOAT].reshape(-1, *([1] * (weight.ndim - 1)))
         bias = shift if bias is None else bias * gain + shift
     coded = bits != FLOAT
-    half = torch.where(coded, scale, torch.zeros_like(scale)).clamp(-_HALF_MAX, _HALF_MAX).to(torch.float16)
+    half = _half(torch.where(coded, scale, torch.zeros_like(scale)), "steps of weights", name)
     if bias is not None:
-        bias = torch.where(coded, bias.clamp(-_HALF_MAX, _HALF_MAX).to(torch.float16).float(), bias)
+        bias = torch.where(coded, _half(torch.where(coded, bias, 0), "biases", name).float(), bias)
     return FrozenLayer(codes, bits.clone(), half, raw.clone(), bias, geometry, act)
 
 

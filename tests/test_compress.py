@@ -17,6 +17,7 @@ from ajpq.compression import compress, freeze
 from ajpq.errors import AjpqError
 from ajpq.layers import ChannelAffine, FrozenLayer, QuantLayer
 from ajpq.policy import CompressionPolicy
+from ajpq.problem import Problem
 from ajpq.tracing import trace
 
 
@@ -332,3 +333,18 @@ def test_a_layer_of_drowned_kernels_only_stays_in_integers() -> None:
     found = final.get_submodule("0")
     assert found.whole_bias is not None and not found.codes.any()
     torch.testing.assert_close(found(images), torch.full((8, 4, 8, 8), -4.0), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("what", ("biases", "steps of weights"))
+def test_what_float16_cannot_hold_is_refused_and_not_clipped(what):
+    """A network that tells prices in cents: its last bias is 250,000."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 1)).eval()
+    x = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model[3].bias.fill_(250_000.0) if what == "biases" else model[3].weight.mul_(1e9)
+    with pytest.raises(AjpqError, match=f"{what} must be at most 65,504 for float16, but the largest of '3' is"):
+        Problem(model, [(x, x)], [(x, x)], {"size": 0.9})
+    network = trace(model, x)
+    student = compress(network, CompressionPolicy.homogeneous(network, 8, 8), calibrate(network, [(x, x)]))
+    with pytest.raises(AjpqError, match=f"{what} must be at most 65,504 for float16, but the largest of '3' is"):
+        freeze(student)
