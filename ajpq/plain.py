@@ -12,10 +12,13 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 def plain_copy(model: nn.Module) -> nn.Module:
     """A copy with the same outputs in which parametrizations, `torch.nn.utils.prune`'s masks and the old hooks of
-    weight_norm and spectral_norm are gone, and what they compute is a parameter."""
+    weight_norm and spectral_norm are gone, and what they compute is a parameter; SyncBatchNorm, which trains on GPUs
+    alone, is BatchNorm2d."""
     computed = (v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf)
     private = copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
     for module in list(private.modules()):
+        if type(module) is nn.SyncBatchNorm:
+            module.__class__ = nn.BatchNorm2d
         for hook in list(module._forward_pre_hooks.values()):
             if isinstance(hook, prune.BasePruningMethod):
                 prune.remove(module, hook._tensor_name)

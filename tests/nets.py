@@ -58,9 +58,10 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
                     sign = torch.where(torch.rand(size, generator=random) < 0.2, -1.0, 1.0)
                     module.weight.copy_(sign * (0.6 + 0.6 * torch.rand(size, generator=random)))
                     module.bias.copy_(0.2 * torch.randn(size, generator=random))
-                module.running_mean.copy_(0.2 * torch.randn(size, generator=random))
-                module.running_var.copy_(0.5 + torch.rand(size, generator=random))
-                module.num_batches_tracked.zero_()
+                if module.track_running_stats:
+                    module.running_mean.copy_(0.2 * torch.randn(size, generator=random))
+                    module.running_var.copy_(0.5 + torch.rand(size, generator=random))
+                    module.num_batches_tracked.zero_()
             elif isinstance(module, (nn.Conv2d, nn.Linear)):
                 fan = module.weight[0].numel()
                 module.weight.copy_(torch.randn(module.weight.shape, generator=random) * (1.5 / fan) ** 0.5)

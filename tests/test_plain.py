@@ -44,3 +44,13 @@ def test_tied_weights_stay_tied() -> None:
     net[1].weight = net[0].weight
     twin = plain_copy(net)
     assert twin[0].weight is twin[1].weight and twin[0].weight is not net[0].weight
+
+
+def test_norms_of_several_gpus_are_norms_of_one():
+    """SyncBatchNorm trains on GPUs alone, but its channels are pruned and folded like any other's."""
+    net = randomise(nn.Sequential(conv(3, 16), nn.SyncBatchNorm(16), nn.ReLU(), conv(16, 5)))
+    x = torch.randn(4, 3, 8, 8)
+    network = trace(net, x)
+    assert type(net[1]) is nn.SyncBatchNorm and type(network.module.get_submodule("1")) is nn.BatchNorm2d
+    assert torch.equal(network.module(x), net(x)) and network.spaces[1].prunable
+    assert torch.isfinite(network.module.train()(x)).all()

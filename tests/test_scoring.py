@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ajpq.calibration import calibrate
+from ajpq.compression import compress
 from ajpq.errors import AjpqError
 from ajpq.layers import Geometry
 from ajpq.network import Network
@@ -82,6 +83,29 @@ def test_the_fast_path_equals_the_reference_on_random_networks(start):
     for seed in range(start, start + 10):
         torch.manual_seed(seed)
         check_equal(trace(randomise(RandomNet(seed)), torch.randn(2, 3, 8, 8)), seed)
+
+
+NORMS = {
+    "of several GPUs": lambda: nn.SyncBatchNorm(8),
+    "without statistics": lambda: nn.BatchNorm2d(8, track_running_stats=False),
+    "of other channels": lambda: nn.Sequential(nn.PixelShuffle(2), nn.BatchNorm2d(2), nn.PixelUnshuffle(2)),
+    "behind a transposed convolution": lambda: nn.Sequential(nn.ConvTranspose2d(8, 8, 2, 2), nn.BatchNorm2d(8)),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_batch_norms_that_cannot_be_folded_are_estimated_like_any_other(norm):
+    parts = {"a": conv(3, 8), "n": NORMS[norm](), "b": conv(8, 8), "head": nn.Linear(8, 4)}
+    network = traced(lambda m, x: m.head(m.b(m.n(m.a(x)).relu()).relu().mean((2, 3))), **parts)
+    setting, policy = setting_of(network), random_policy(network, 0, 0.4, (1, 3, 4, 8, 32))
+    student = compress(network, policy, setting.calibration)
+    before = outputs(student, setting.search_data)
+    recalibrate(student, setting.norm_data)
+    after = outputs(student, setting.search_data)
+    found = Local(setting, workers=1, arithmetic="float32").measure(policy)
+    right = torch.cat([y for _, y in setting.search_data])
+    assert found.loss == pytest.approx(F.cross_entropy(after, right).item(), rel=1e-4)
+    assert norm == "without statistics" or not torch.equal(before, after)
 
 
 # -- integers ---------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from ajpq.bank import WeightBank
 from ajpq.matching import matched, outputs
 from ajpq.policy import CompressionPolicy
 from ajpq.scoring.binding import Builder
-from ajpq.scoring.fusion import Skeleton, skeleton
+from ajpq.scoring.fusion import Skeleton, Unfit, skeleton
 from ajpq.scoring.kernels import Floats
 from ajpq.scoring.program import Program
 from ajpq.scoring.setting import Setting
@@ -46,10 +46,10 @@ class Engine:
         }
 
     def _other_modules(self) -> dict[str, nn.Module]:
-        found = {}
+        found, norms = {}, {norm.name for norm in self.network.norms}
         for node in self.network.module.graph.nodes:
             module = self.network.module.get_submodule(node.target) if node.op == "call_module" else None
-            if module is not None and node.target not in self.network and not isinstance(module, _BatchNorm):
+            if module is not None and node.target not in self.network and node.target not in norms:
                 found[str(node.target)] = module
         return found
 
@@ -83,6 +83,9 @@ class Engine:
 
     def program(self, policy: CompressionPolicy) -> Program:
         """Raises Unfit where only the reference can run this network."""
+        strange = [name for name, module in self.modules.items() if isinstance(module, _BatchNorm)]
+        if strange:
+            raise Unfit(f"{strange[0]} normalises channels that are not known, or by each batch alone")
         alive, skipped = policy.alive(self.network), policy.skipped(self.network)
         key = alive.tobytes(), skipped.layers
         if key in self._skeletons:
