@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ajpq.data import Data
 from ajpq.errors import AjpqError, check_counts
-from ajpq.pictures import PartOfPictures, Pictures, pictures_under
+from ajpq.pictures import UNREADABLE, PartOfPictures, Pictures, pictures_under
 from ajpq.views import MODES, View, Views, kept
 
 Labelled = dict[Path, list[tuple[float, float, float, float]]]  # image -> corners x1, y1, x2, y2 in pixels
@@ -85,8 +86,8 @@ def dac_sdc(
     unlabelled: a folder of further pictures, or several, see `Data`; they are resized and augmented like frames, and
     kept in as much memory again.
 
-    Raises AjpqError for a missing folder or table, and more than 1 % unreadable images; fewer are left out with a
-    warning.
+    Raises AjpqError for a missing folder or table, a split without boxes, and more than 1 % unreadable images or boxes
+    without area in their image; fewer are left out with a warning.
     """
     root = Path(root)
     table = root / "boxes.csv"
@@ -129,8 +130,8 @@ def coco(
 ) -> Data:  # fmt: skip
     """Images with boxes in COCO's json: `root`/train and `root`/valid (or test), each with images and `annotations`.
 
-    All categories count as one. search: fraction of train. The other settings are those of `dac_sdc`. Raises AjpqError
-    for a missing or broken folder, and more than 1 % unreadable images; fewer are left out with a warning.
+    All categories count as one; what is marked `iscrowd` is no object. search: fraction of train. The other settings
+    and errors are those of `dac_sdc`.
     """
     root = Path(root)
     test = next((name for name in ("test", "valid", "val") if (root / name / annotations).is_file()), "valid")
@@ -158,7 +159,8 @@ def _coco_boxes(path: Path) -> Labelled:
         labelled: Labelled = {names[key]: [] for key in sorted(names)}
         for one in found["annotations"]:
             x, y, w, h = one["bbox"]
-            labelled[names[one["image_id"]]].append((x, y, x + w, y + h))
+            if not one.get("iscrowd"):
+                labelled[names[one["image_id"]]].append((x, y, x + w, y + h))
     except (ValueError, KeyError, TypeError) as error:
         raise AjpqError(f"{path} must be COCO's json, but it cannot be read ({error!r}); mend it") from error
     return labelled
@@ -174,10 +176,32 @@ def _pictures(labelled: Labelled, size: Sequence[int], resize: str, cache_bytes:
     check_counts(1, height=size[0], width=size[1])
     boxes = torch.full((len(labelled), max(1, *map(len, labelled.values())), 4), -1.0)
     pictures = Pictures(list(labelled), boxes, cache_bytes, lambda picture: kept(picture, size, resize))
-    for rows, corners, found in zip(boxes, labelled.values(), pictures.check(), strict=True):
+    wrong: list[str] = []
+    for rows, (path, corners), found in zip(boxes, labelled.items(), pictures.check(), strict=True):
         if corners and found:
-            rows[: len(corners)] = torch.tensor(corners) / torch.tensor(found * 2, dtype=torch.float32)
+            ours = torch.tensor(corners) / torch.tensor(found * 2, dtype=torch.float32)
+            shown = _shown(ours)
+            rows[: int(shown.sum())] = ours[shown]
+            wrong += [f"{corners[i]} of {path}" for i in (~shown).nonzero()[:, 0].tolist()]
+    _tell(wrong, sum(map(len, labelled.values())))
     return pictures
+
+
+def _shown(boxes: Tensor) -> Tensor:
+    """Which of the corners (M, 4), as fractions, are those of a box of which a part is in the image, bool (M,)."""
+    low, high = boxes[:, :2], boxes[:, 2:]
+    return boxes.isfinite().all(1) & ((low < high) & (low < 1) & (high > 0)).all(1)
+
+
+def _tell(wrong: Sequence[str], count: int) -> None:
+    """Warn of boxes that are none, and raise AjpqError if there are too many."""
+    if not wrong:
+        return
+    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    told = f"{len(wrong)} of {count} boxes have no area in their image: {'; '.join(wrong[:3])}{more}"
+    if len(wrong) > UNREADABLE * count:
+        raise AjpqError(f"at most {UNREADABLE:.0%} of the boxes may be empty or outside, but {told}; mend the table")
+    warnings.warn(f"boxes are left out: {told}", stacklevel=5)
 
 
 def _splits(
@@ -187,6 +211,11 @@ def _splits(
     """settings: of all loaders."""
     check_counts(0, workers=settings["workers"])
     train, search, test = parts
+    for name, part in (("train", train), ("search", search), ("test", test)):
+        if not (pictures.targets[part][..., 2] > 0).any():
+            raise AjpqError(
+                f"the {name} split must show objects, but none of its {len(part)} images has a box; check the table"
+            )
     spread = train[torch.linspace(0, len(train) - 1, min(calibration_images, len(train))).long()]
     return Data(
         train=BoxBatches(pictures, train, batch_size, shuffle=seed, views=Views(zoom=zoom), **settings),

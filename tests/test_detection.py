@@ -261,6 +261,57 @@ def test_coco_json_is_read(tmp_path):
     assert valid[2, 1].tolist() == pytest.approx([0.25, 0.25, 0.5, 0.75])
 
 
+def coco_folder(folder, change=lambda part, found: None):
+    """200 images with two boxes to train on, 3 to test on."""
+    for part, count in (("train", 200), ("valid", 3)):
+        (folder / part).mkdir()
+        boxes = [{"image_id": i, "bbox": [16, 9, 16, 18]} for i in range(count) for _ in range(2)]
+        found = {"images": [{"id": i, "file_name": f"{i}.png"} for i in range(count)], "annotations": boxes}
+        for i in range(count):
+            Image.new("RGB", (64, 36)).save(folder / part / f"{i}.png")
+        change(part, found)
+        (folder / part / "_annotations.coco.json").write_text(json.dumps(found))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "box", ([8, 8, 0, 4], [20, 9, -4, 18], [64, 0, 5, 5], [-9, 0, 9, 5], [float("nan"), 9, 16, 18], [0, 0, 1e999, 5])
+)
+def test_boxes_that_show_nothing_are_left_out_and_named(tmp_path, box):
+    def spoil(part, found):
+        if part == "train":
+            found["annotations"][6]["bbox"] = box
+
+    with pytest.warns(UserWarning, match="boxes are left out: 1 of 406 boxes .*train/3.png"):
+        data = coco(coco_folder(tmp_path, spoil), size=(18, 32))
+    boxes = data.train.pictures.targets
+    assert (boxes[..., 0] >= 0).sum(1).tolist() == [2, 2, 2, 1, *[2] * 199]
+    assert torch.equal(boxes[3, 0], torch.tensor([0.25, 0.25, 0.5, 0.75]))
+
+
+def test_a_table_of_wrong_boxes_is_an_error(tmp_path):
+    def centres(part, found):  # as corners, so that most are inside out
+        for one in found["annotations"]:
+            one["bbox"] = [40, 20, -16, -18]
+
+    with pytest.raises(
+        AjpqError, match="at most 1% of the boxes .* but 406 of 406 .* and 403 more"
+    ):
+        coco(coco_folder(tmp_path, centres), size=(18, 32))
+
+
+@pytest.mark.parametrize("part", ("train", "valid"))
+def test_a_split_without_a_box_is_an_error(tmp_path, part):
+    """It would be right about everything by seeing nothing."""
+
+    def forget(name, found):
+        found["annotations"] = [one | {"iscrowd": int(name == part)} for one in found["annotations"]]
+
+    name = {"train": "train", "valid": "test"}[part]
+    with pytest.raises(AjpqError, match=f"the {name} split must show objects, but none of its"):
+        coco(coco_folder(tmp_path, forget), size=(18, 32))
+
+
 def test_what_is_wrong_with_a_folder_is_said(frames, tmp_path):
     with pytest.raises(AjpqError, match="there is no .*boxes.csv"):
         dac_sdc(tmp_path / "nowhere")
