@@ -28,6 +28,7 @@ from omegaconf import DictConfig
 from ajpq.errors import AjpqError
 from ajpq.explain import CONF, explain, first_bad_override
 from ajpq.launched import check_alone
+from ajpq.lock import locked
 from ajpq.resume import continued, folder_of, is_finished
 
 HOME = CONF.parent
@@ -156,14 +157,17 @@ def _captured_job(debug: bool, name: str, module: str, cfg: DictConfig) -> None:
 def _job(name: str, module: str, cfg: DictConfig) -> None:
     global _folder
     context = HydraConfig.get()
-    folder = _folder = Path(context.runtime.output_dir)
+    folder, ours = Path(context.runtime.output_dir), False
     try:
-        importlib.import_module(module).run(cfg, folder)
+        with locked(folder):
+            ours, _folder = True, folder
+            importlib.import_module(module).run(cfg, folder)
     except Exception as error:
         sentence = explain(error)
         if sentence is None:
             raise
-        _discard(folder, context.output_subdir, context.job.name)
+        if ours:
+            _discard(folder, context.output_subdir, context.job.name)
         if context.mode == RunMode.MULTIRUN:
             raise AjpqError(sentence) from error
         if DEBUG:
@@ -217,7 +221,7 @@ def _discard(folder: Path, subfolder: str | None, name: str) -> None:
     if folder.resolve() in (Path.cwd(), *Path.cwd().parents) or not ours.issuperset(written):
         return
     for path in written:
-        path.unlink()
+        path.unlink(missing_ok=True)
     with suppress(OSError):  # another job of the sweep may fill or remove the folder above at the same time
         for empty in ([folder / subfolder] if subfolder else []) + [folder, *folder.parents]:
             if empty.is_dir() and (any(empty.iterdir()) or Path.cwd() not in empty.resolve().parents):

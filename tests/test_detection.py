@@ -294,9 +294,7 @@ def test_a_table_of_wrong_boxes_is_an_error(tmp_path):
         for one in found["annotations"]:
             one["bbox"] = [40, 20, -16, -18]
 
-    with pytest.raises(
-        AjpqError, match="at most 1% of the boxes .* but 406 of 406 .* and 403 more"
-    ):
+    with pytest.raises(AjpqError, match="at most 1% of the boxes .* but 406 of 406 .* and 403 more"):
         coco(coco_folder(tmp_path, centres), size=(18, 32))
 
 
