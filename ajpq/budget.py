@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
+from torch import Tensor
 
-from ajpq.cost import CostModel, inputs_per_kernel, load_of, side_words, total
+from ajpq.cost import CostModel, inputs_per_kernel, load_of, loads_of, side_words, total
 from ajpq.errors import AjpqError
 from ajpq.network import LayerSpec, Network
 from ajpq.policy import CompressionPolicy
@@ -47,6 +49,8 @@ class Budget:
                     f"0 < budget <= 1 must hold (a fraction of the uncompressed network), but {name} has "
                     f"{limit:g}; write 0.1 for 10 %"
                 )
+        for name, cost in self.costs.items():
+            _check(name, cost, network, cheapest)
         self.original = {
             name: total(cost, network, CompressionPolicy.homogeneous(network)) for name, cost in self.costs.items()
         }
@@ -102,3 +106,32 @@ class Budget:
 
     def admits(self, policy: CompressionPolicy) -> bool:
         return self.fits(np.array([total(self.costs[name], self.network, policy) for name in self.limits]))
+
+
+def _check(name: str, cost: CostModel, network: Network, cheapest: CompressionPolicy) -> None:
+    """Raise AjpqError unless a cost model has a unit and gives a finite number for every layer, by that alone."""
+    if not callable(cost) or not isinstance(getattr(cost, "unit", None), str):
+        raise AjpqError(
+            f"a cost model must be called with loads and have a `unit`, but {name!r} is {type(cost).__name__}, which "
+            "does not; add unit = 'ms', or whatever it counts"
+        )
+    for policy in (CompressionPolicy.homogeneous(network), cheapest):
+        loads = loads_of(network, policy)
+        found = cost(loads)
+        if not isinstance(found, Tensor) or found.shape != (len(loads),):
+            shape = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else repr(found)
+            raise AjpqError(
+                f"a cost model must give a tensor with a number per layer, but for {len(loads)} layers {name!r} gives "
+                f"{shape}; mend {type(cost).__name__}"
+            )
+        if not found.isfinite().all():
+            worst = network.layers[int((~found.isfinite()).nonzero()[0])].name
+            raise AjpqError(f"costs must be finite, but {name!r} is not for {worst!r}; mend {type(cost).__name__}")
+        for i, load in enumerate(loads):
+            alone = cost([load])[0].item()
+            if not math.isclose(alone, found[i].item(), rel_tol=1e-5, abs_tol=1e-9):
+                raise AjpqError(
+                    f"the cost of a layer must depend on its own load alone, but {name!r} gives {alone:g} for "
+                    f"{load.layer.name!r} by itself and {found[i].item():g} among the others; mend "
+                    f"{type(cost).__name__}"
+                )

@@ -5,12 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from nets import RandomNet, conv, network_of, random_policy, randomise, torchvision_net, traced
+from nets import RandomNet, conv, network_of, problem_of, random_policy, randomise, torchvision_net, traced
 from torch import nn
 
 from ajpq.calibration import calibrate
 from ajpq.compression import compress, freeze
 from ajpq.cost import BOPs, MACs, Size, UniqBOPs, load_of, loads_of, total
+from ajpq.errors import AjpqError
 from ajpq.models import BasicBlock, ResidualNet
 from ajpq.network import Network
 from ajpq.packing import pack
@@ -312,3 +313,44 @@ def test_no_file_is_larger_than_claimed(name):
                 policy = random_policy(network, 0, sparsity, widths, act_bits)
                 file = to_bytes(pack(freeze(compress(network, policy, calibration))))
                 assert len(file) <= total(Size(), network, policy) / 8
+
+
+# -- models of users ---------------------------------------------------------------------------------------------------
+
+
+class Own:
+    """Kernels that survive, told in some way."""
+
+    unit = "kernel"
+
+    def __init__(self, tell):
+        self.tell = tell
+
+    def __call__(self, loads):
+        return self.tell(torch.stack([load.kept.sum() for load in loads]))
+
+
+@pytest.mark.parametrize(
+    "tell, words",
+    (
+        (lambda x: x.sum(), r"for 9 layers 'own' gives a tensor of shape \(\); mend Own"),
+        (lambda x: x[:, None], r"gives a tensor of shape \(9, 1\)"),
+        (lambda x: x.sum().item(), r"for 9 layers 'own' gives \d+\.0"),
+        (lambda x: x.tolist(), r"'own' gives \["),
+        (lambda x: x / 0, "costs must be finite, but 'own' is not for"),
+        (lambda x: x * len(x), "must depend on its own load alone, but 'own' gives"),
+    ),
+)
+def test_a_model_that_breaks_the_rules_is_named(tell, words):
+    with pytest.raises(AjpqError, match=words):
+        problem_of(budget={"own": 0.5}, costs={"own": Own(tell)})
+
+
+def test_a_model_without_a_unit_is_named():
+    with pytest.raises(AjpqError, match="have a `unit`, but 'own' is function"):
+        problem_of(budget={"own": 0.5}, costs={"own": lambda loads: torch.ones(len(loads))})
+
+
+def test_a_model_of_a_user_limits_like_ours():
+    budget = problem_of(budget={"own": 0.5}, costs={"own": Own(lambda x: x)}).budget
+    assert budget.original["own"] == sum(layer.c_out for layer in budget.network.layers)
