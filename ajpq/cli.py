@@ -23,10 +23,11 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from ajpq.errors import AjpqError
 from ajpq.explain import CONF, explain, first_bad_override
+from ajpq.keywords import check_targets
 from ajpq.launched import check_alone
 from ajpq.lock import locked
 from ajpq.resume import continued, folder_of, is_finished
@@ -161,6 +162,7 @@ def _job(name: str, module: str, cfg: DictConfig) -> None:
     try:
         with locked(folder):
             ours, _folder = True, folder
+            check_targets(OmegaConf.to_container(cfg))
             importlib.import_module(module).run(cfg, folder)
     except Exception as error:
         sentence = explain(error)

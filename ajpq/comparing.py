@@ -17,8 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from ajpq.console import Screen
-from ajpq.errors import AjpqError
-from ajpq.explain import closest
+from ajpq.errors import AjpqError, closest
 from ajpq.files import remove_parts, write_text
 from ajpq.loaders import take
 from ajpq.policy import CompressionPolicy

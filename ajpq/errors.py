@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from numbers import Integral
 
 
@@ -26,3 +27,10 @@ def check_alike(alike: bool, how: str) -> None:
             f"images of two splits can be joined where they are {how}, but these are not; make both of one data set, "
             "or learn from one of them"
         )
+
+
+def closest(word: str, known: list[str], prefix: str = "") -> str:
+    """A question whether another word was meant, if there is one like it; else nothing."""
+    same_end = [name for name in known if name.split(".")[-1] == word.split(".")[-1]]
+    near = list(dict.fromkeys([*get_close_matches(word, known, n=2, cutoff=0.6), *same_end]))[:3]
+    return f"; did you mean {' or '.join(f'`{prefix}{name}`' for name in near)}" if near else ""

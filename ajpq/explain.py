@@ -8,7 +8,6 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from hydra.errors import (
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 
-from ajpq.errors import AjpqError
+from ajpq.errors import AjpqError, closest
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 # Configuration that a plugin brings -> the extra that installs the plugin.
@@ -159,13 +158,6 @@ def _keys(cfg: DictConfig) -> Iterator[str]:
             yield from walk(child, f"{prefix}{name}.")
 
     yield from walk(OmegaConf.to_container(cfg, resolve=False), "")
-
-
-def closest(word: str, known: list[str], prefix: str = "") -> str:
-    """A question whether another word was meant, if there is one like it; else nothing."""
-    same_end = [name for name in known if name.split(".")[-1] == word.split(".")[-1]]
-    near = list(dict.fromkeys([*get_close_matches(word, known, n=2, cutoff=0.6), *same_end]))[:3]
-    return f"; did you mean {' or '.join(f'`{prefix}{name}`' for name in near)}" if near else ""
 
 
 def _raised_in(error: BaseException) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import fx, nn
 
 from ajpq import sharing
@@ -25,6 +25,7 @@ from ajpq.epochs import skip
 from ajpq.errors import AjpqError, check_counts
 from ajpq.features import survivors
 from ajpq.finetuning import finetune
+from ajpq.keywords import check_keywords, check_type
 from ajpq.loaders import Batches, join, take
 from ajpq.memory import keep_freed_memory
 from ajpq.network import Network
@@ -38,7 +39,18 @@ from ajpq.tracing import trace
 from ajpq.training import check_settings, count_of, fit
 
 PARTS = ("task", "data", "model", "choices", "costs", "importance", "reward", "evaluator")
+RECIPES = {"train": (fit,), "weights": (sharing.share,), "finetune": (fit, finetune)}  # what takes their keywords
+TAKEN = frozenset(  # those that are no settings
+    "model batches network draw calibration train student teacher kept unlabelled task seed also checkpoint change"
+    " on_epoch on_step".split()
+)
+MORE = {"train": {"start": str | None}, "finetune": {"distillation": bool, "splits": list[str]}}
 TRAIN = ["train"]  # splits that a found network learns from, unless it is told otherwise
+TYPES = {
+    "seed": int, "threads": int | None, "checkpoint": str | None, "resume": str | None, "onnx": bool,
+    "onnx_multiple": int, "timing": dict | None, "tensorboard": bool, "search_images": int | None,
+    "norm_images": int, "reconstruct_images": int, "correction": str,
+}  # fmt: skip
 TRAINED, SHARED = "original.safetensors", "shared.safetensors"
 
 
@@ -101,6 +113,8 @@ def prepare(cfg: DictConfig, folder: Path, screen: Screen) -> Prepared:
     parts = {name: instantiate(cfg[name], _convert_="all") for name in PARTS}
     names = ("weights", "finetune") if cfg.checkpoint else ("train", "weights", "finetune")
     recipes = {name: instantiate(cfg[name], _convert_="all") for name in names}
+    for name, recipe in recipes.items():
+        check_keywords(name, recipe, *RECIPES[name], taken=TAKEN, **MORE.get(name, {}))
     sharing.check_settings(**recipes["weights"])
     for name in names:
         if name != "weights":
@@ -179,11 +193,14 @@ def _check_splits(splits: Any) -> None:
 
 
 def _check(cfg: DictConfig) -> None:
-    """Whole numbers of a job. Raises AjpqError."""
+    """What a job is told beside its parts. Raises AjpqError."""
+    for name, hint in TYPES.items():
+        value = cfg[name]
+        check_type(name, OmegaConf.to_container(value) if OmegaConf.is_config(value) else value, hint)
     check_counts(1, threads=cfg.threads, search_images=cfg.search_images)
-    if cfg.seed is None:
-        raise AjpqError("seed must be a whole number, but it is null; write seed=0")
     check_counts(0, seed=cfg.seed, norm_images=cfg.norm_images, reconstruct_images=cfg.reconstruct_images)
+    if cfg.seed >= 2**32:
+        raise AjpqError(f"`seed < 2**32` must hold, as every generator takes it, but seed={cfg.seed}; give another")
 
 
 def _train(
@@ -221,6 +238,8 @@ def epochs(advance: Advance) -> Callable[[int, dict], None]:
 
 def limits_of(budget: Mapping[str, Any]) -> dict[str, float]:
     """The costs that have a limit. Raises AjpqError where one is not a number."""
+    if not isinstance(budget, Mapping | DictConfig):
+        raise AjpqError(f"a budget must limit costs by their names, but budget is {budget!r}; write budget.size=0.1")
     limits = {str(name): value for name, value in budget.items() if value is not None}
     for name, value in limits.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
