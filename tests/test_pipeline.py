@@ -301,7 +301,7 @@ def test_splits_that_cannot_be_joined_are_told_before_the_search(tmp_path):
         (["finetune.splits=[search]"], ["finetune.splits", "['search']", "[train,search]"]),
         (["finetune.splits=[train,test]"], ["finetune.splits", "'test'"]),
         (["threads=-1"], ["threads >= 1", "-1"]),
-        (["seed=abc"], ["seed >= 0", "'abc'"]),
+        (["seed=abc"], ["seed", "whole number", "'abc'"]),
         (["search_images=0"], ["search_images >= 1"]),
         (["norm_images=-1"], ["norm_images >= 0", "-1"]),
         (["search=random", "search.evaluations=2.5"], ["evaluations >= 1", "2.5"]),
