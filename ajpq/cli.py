@@ -30,7 +30,7 @@ from ajpq.explain import CONF, explain, first_bad_override
 from ajpq.keywords import check_targets
 from ajpq.launched import check_alone
 from ajpq.lock import locked
-from ajpq.resume import continued, folder_of, is_finished
+from ajpq.resume import continued, folder_of, is_finished, key_of
 
 HOME = CONF.parent
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -76,6 +76,12 @@ def main(config: str = "config", module: str = "ajpq.pipeline") -> int:
             flags = [text for text in sys.argv[1:] if text not in command.overrides]
             again = continued(command.overrides)
             if is_finished(folder_of(command.overrides)):
+                if others := [text for text in command.overrides if key_of(text) != "resume"]:
+                    raise AjpqError(
+                        f"a finished run takes no settings, but {folder_of(command.overrides)} has its report and "
+                        f"{' '.join(others)} would change it; start a new run, search=policy with its policy.json "
+                        "fine-tunes anew"
+                    )
                 sys.stdout.write(f"the run in {folder_of(command.overrides)} is finished; its report is there\n")
                 return 0
             command.overrides = again

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from ajpq.policy import CompressionPolicy
 from ajpq.problem import Problem, Score, SearchBackend, SearchResult
 
 
+@runtime_checkable
 class Control(Protocol):
     """Names policies without scoring any, e.g. `agents.uniform.Uniform`."""
 

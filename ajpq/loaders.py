@@ -14,6 +14,27 @@ from ajpq.errors import AjpqError
 Batches = Iterable[tuple[Tensor, Tensor]]  # images (N, C, H, W) float32, labels (N,) int64
 
 
+def check_batches(**splits: Batches) -> None:
+    """Raise AjpqError for a split, given by its name, that holds nothing or can be gone through only once."""
+    for name, batches in splits.items():
+        if not isinstance(batches, Iterable):
+            raise AjpqError(
+                f"the {name} split must be batches (images, labels), but it is {type(batches).__name__}; pass a "
+                "DataLoader or a list"
+            )
+        if isinstance(batches, Iterator):
+            raise AjpqError(
+                f"the {name} split is read more than once, but {type(batches).__name__} can be gone through only once; "
+                "pass the DataLoader itself, or a list of its batches"
+            )
+        try:
+            empty = isinstance(batches, Sized) and not len(batches)
+        except TypeError:  # a DataLoader over a stream
+            empty = False
+        if empty:
+            raise AjpqError(f"the {name} split must hold images, but it has no batch; check the data and its fractions")
+
+
 def take(batches: Batches, images: int | None) -> Batches:
     """The first whole batches that together hold `images` images, kept in memory; `batches` itself for None."""
     if images is None:

@@ -26,7 +26,7 @@ from ajpq.onnx_export import FILE as ONNX
 from ajpq.onnx_export import float_onnx
 from ajpq.padding import check_multiple, pad
 from ajpq.policy import CompressionPolicy
-from ajpq.preparing import Prepared, epochs, prepare
+from ajpq.preparing import Prepared, check_made, epochs, prepare
 from ajpq.problem import SearchBackend, SearchResult
 from ajpq.record import RECORD
 from ajpq.resume import REPORT, SEARCH
@@ -53,6 +53,9 @@ def run(cfg: DictConfig, folder: Path) -> None:
     screen = Screen()
     backend = instantiate(cfg.search, _convert_="all")  # its errors come before anything is spent
     control = instantiate(cfg.control, _convert_="all") or None
+    check_made("search", cfg.search, backend, SearchBackend)
+    if control is not None:
+        check_made("control", cfg.control, control, Control)
     check_counts(1, evaluations=getattr(backend, "evaluations", None))
     check_timing(cfg.timing)
     check_multiple(cfg.onnx_multiple)

@@ -26,19 +26,20 @@ from ajpq.errors import AjpqError, check_counts
 from ajpq.features import survivors
 from ajpq.finetuning import finetune
 from ajpq.keywords import check_keywords, check_type
-from ajpq.loaders import Batches, join, take
+from ajpq.loaders import Batches, check_batches, join, take
 from ajpq.memory import keep_freed_memory
 from ajpq.network import Network
 from ajpq.policy import CompressionPolicy
 from ajpq.problem import CALIBRATION_IMAGES, Problem, reachable
 from ajpq.reconstruction import reconstruct
 from ajpq.rewards import check_risk
-from ajpq.space import SearchSpace
+from ajpq.space import Choices, SearchSpace
 from ajpq.tasks import Task, check_task
 from ajpq.tracing import trace
 from ajpq.training import check_settings, count_of, fit
 
 PARTS = ("task", "data", "model", "choices", "costs", "importance", "reward", "evaluator")
+MADE = {"task": Task, "data": Data, "model": nn.Module, "choices": Choices}
 RECIPES = {"train": (fit,), "weights": (sharing.share,), "finetune": (fit, finetune)}  # what takes their keywords
 TAKEN = frozenset(  # those that are no settings
     "model batches network draw calibration train student teacher kept unlabelled task seed also checkpoint change"
@@ -111,6 +112,8 @@ def prepare(cfg: DictConfig, folder: Path, screen: Screen) -> Prepared:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     parts = {name: instantiate(cfg[name], _convert_="all") for name in PARTS}
+    for name, kind in MADE.items():
+        check_made(name, cfg[name], parts[name], kind)
     names = ("weights", "finetune") if cfg.checkpoint else ("train", "weights", "finetune")
     recipes = {name: instantiate(cfg[name], _convert_="all") for name in names}
     for name, recipe in recipes.items():
@@ -127,6 +130,7 @@ def prepare(cfg: DictConfig, folder: Path, screen: Screen) -> Prepared:
     check_risk(getattr(parts["evaluator"], "keywords", {}).get("risk", 0), parts["reward"])
     check_correction(cfg.correction)
     limits, data = limits_of(cfg.budget), parts["data"]
+    check_batches(training=data.train, search=data.search, test=data.test, calibration=data.calibration)
     _images_of(data, splits)  # whether they can be joined
     if data.unlabelled is not None and recipes["finetune"]["epochs"] and not recipes["finetune"]["distillation"]:
         raise AjpqError(
@@ -189,6 +193,15 @@ def _check_splits(splits: Any) -> None:
         raise AjpqError(
             "a found network is fine-tuned on the training images, or on those of the search, too, once it is over, "
             f"but finetune.splits is {splits!r}; write finetune.splits=[train] or finetune.splits=[train,search]"
+        )
+
+
+def check_made(key: str, cfg: Any, part: Any, kind: type) -> None:
+    """Raise AjpqError unless the part that a configuration makes is of a kind."""
+    if not isinstance(part, kind):
+        raise AjpqError(
+            f"`{key}` must make what {kind.__module__}.{kind.__qualname__} describes, but "
+            f"{cfg.get('_target_')} makes {type(part).__name__}; set {key}._target_ to what makes it"
         )
 
 

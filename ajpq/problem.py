@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -23,7 +23,7 @@ from ajpq.draft import Draft
 from ajpq.elimination import elimination
 from ajpq.errors import AjpqError
 from ajpq.importance import Importance
-from ajpq.loaders import Batches, take
+from ajpq.loaders import Batches, check_batches, take
 from ajpq.network import Network
 from ajpq.policy import CompressionPolicy
 from ajpq.record import policy_of
@@ -72,6 +72,7 @@ class SearchResult:
     history: tuple[Evaluation, ...]
 
 
+@runtime_checkable
 class SearchBackend(Protocol):
     """Proposes policies, has them scored, returns `problem.result()`.
 
@@ -140,6 +141,7 @@ class Problem:
         on_evaluation: Callable[[Evaluation], None] | None = None,
     ) -> None:
         check_correction(correction)
+        check_batches(calibration=calibration, search=search, **({} if train is None else {"training": train}))
         choices = choices or Choices()
         calibration = take(calibration, CALIBRATION_IMAGES)
         self.network = model if isinstance(model, Network) else trace(model, first_images(calibration))

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ajpq.errors import AjpqError
 
 
+@runtime_checkable
 class Task(Protocol):
     """outputs: of the network for a batch, (N, ...). targets: of the same images as the data give them, (N, ...).
 

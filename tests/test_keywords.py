@@ -6,14 +6,18 @@ from typing import Literal
 
 import hydra
 import pytest
+import torch
 from command import ajpq, one_sentence
 from omegaconf import OmegaConf
+from torch import nn
 
 from ajpq.console import Screen
+from ajpq.data import Data
 from ajpq.errors import AjpqError
 from ajpq.explain import CONF
 from ajpq.keywords import agrees, check_targets, hints_of
 from ajpq.preparing import prepare
+from ajpq.problem import Problem
 from ajpq.training import fit
 
 RIGHT = (
@@ -87,6 +91,52 @@ def test_settings_of_the_job(tmp_path, override, words):
     with pytest.raises(AjpqError, match=words):
         prepare(composed(override), tmp_path, Screen())
     assert not list(tmp_path.iterdir())
+
+
+def some(count: int = 2) -> list:
+    return [(torch.zeros(2, 1, 8, 8), torch.arange(2))] * count
+
+
+def own_data(**splits) -> Data:
+    return Data(
+        **{"train": some(), "search": some(), "test": some(), "calibration": some()} | splits, classes=("a", "b")
+    )
+
+
+PARTS = {
+    "tensor": lambda: torch.zeros(3),
+    "no test": lambda: own_data(test=[]),
+    "search once": lambda: own_data(search=iter(some())),
+    "calibration of nothing": lambda: own_data(calibration=None),
+}
+
+
+def make(name: str):
+    return PARTS[name]()
+
+
+@pytest.mark.parametrize(
+    "group, name, words",
+    (
+        ("data", "tensor", "`data` must make what ajpq.data.Data describes, but .* makes Tensor"),
+        ("model", "tensor", "`model` must make what torch.nn.modules.module.Module describes"),
+        ("task", "tensor", "`task` must make what ajpq.tasks.Task describes"),
+        ("data", "no test", "the test split must hold images, but it has no batch"),
+        ("data", "search once", "the search split is read more than once, but list_iterator"),
+        ("data", "calibration of nothing", "the calibration split must be batches"),
+    ),
+)
+def test_parts_of_users(tmp_path, group, name, words):
+    with pytest.raises(AjpqError, match=words):
+        prepare(composed(f"~{group}", f"+{group}={{_target_: {__name__}.make, name: {name}}}"), tmp_path, Screen())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_problem_needs_images_that_stay():
+    with pytest.raises(AjpqError, match="the calibration split must hold images"):
+        Problem(nn.Conv2d(1, 2, 3), [], some(), {"size": 0.5})
+    with pytest.raises(AjpqError, match="the search split is read more than once"):
+        Problem(nn.Conv2d(1, 2, 3), some(), iter(some()), {"size": 0.5})
 
 
 def test_the_command_says_so(tmp_path):

@@ -269,6 +269,8 @@ def test_command_goes_on_with_the_settings_of_the_run(weights, tmp_path):
     folder = tmp_path / "run"
     before = read(folder / RECORD)
     assert "is finished" in command(tmp_path, "resume=run").stdout
+    said = one_sentence(command(tmp_path, "resume=run", "finetune.epochs=2"))
+    assert "a finished run takes no settings, but run has its report and finetune.epochs=2 would change it" in said
     assert "budget.size was 0.08" in one_sentence(command(tmp_path, "resume=run", "budget.size=0.5"))
     (folder / "report.json").unlink()
     (folder / RECORD).write_text("".join((folder / RECORD).read_text().splitlines(keepends=True)[:4]))
