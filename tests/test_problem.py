@@ -190,7 +190,7 @@ def test_the_default_evaluator_runs_the_compressed_network_with_fresh_norms():
 def test_bad_input():
     network = network_of("digits_cnn")
     good = batches_of(network)
-    with pytest.raises(AjpqError, match="at least one"):
+    with pytest.raises(AjpqError, match="must hold images"):
         Problem(model_of("digits_cnn"), [], good, {"size": 0.5})
     with pytest.raises(AjpqError, match="smallest reachable"):
         Problem(model_of("digits_cnn"), good, good, {"size": 0.001})
