@@ -14,6 +14,7 @@ from ajpq.errors import AjpqError
 from ajpq.network import Network, NormSpec, Space
 from ajpq.plain import plain_copy
 from ajpq.proof import proven
+from ajpq.tidying import tidy
 from ajpq.walk import Walk
 
 
@@ -42,8 +43,7 @@ def trace(model: nn.Module, example: Tensor) -> Network:
             f"{type(model).__name__}.forward must be traceable by torch.fx, but: {reason}; take data-dependent `if`, "
             "`assert` and loops over values out of forward, or put them into a function under torch.fx.wrap"
         ) from error
-    _drop_identities(module)
-    _name_no_inputs(module)
+    tidy(module)
     example = example.detach()[:2].float().cpu()
     example = example if len(example) == 2 else example.repeat(2, *([1] * (example.ndim - 1)))
     walk = Walk(module)
@@ -66,29 +66,6 @@ def trace(model: nn.Module, example: Tensor) -> Network:
             "has none (F.conv2d is invisible as a layer); use modules"
         )
     return proven(assemble(walk, private, example))
-
-
-def _drop_identities(module: fx.GraphModule) -> None:
-    """What stands where a batch-norm was folded or dropout left out would hide that a ReLU follows a layer."""
-    for node in list(module.graph.nodes):
-        if node.op != "call_module" or not isinstance(module.get_submodule(node.target), nn.Identity):
-            continue
-        if [*node.args, *node.kwargs.values()] == node.all_input_nodes:  # of one value, and no more
-            node.replace_all_uses_with(node.all_input_nodes[0])
-            module.graph.erase_node(node)
-    module.recompile()
-
-
-def _name_no_inputs(module: fx.GraphModule) -> None:
-    """The input of a module or function that is called as ``conv(input=x)`` becomes its first argument, where all look
-    for it."""
-    for node in module.graph.nodes:
-        if node.op not in ("call_module", "call_function") or node.args or len(node.all_input_nodes) != 1:
-            continue
-        name, value = next(iter(node.kwargs.items()), ("", None))
-        if value is node.all_input_nodes[0] and (node.op == "call_module" and len(node.kwargs) == 1 or name == "input"):
-            node.args, node.kwargs = (value,), {key: v for key, v in node.kwargs.items() if key != name}
-    module.recompile()
 
 
 def assemble(walk: Walk, original: nn.Module, example: Tensor) -> Network:

@@ -1,0 +1,33 @@
+"""A traced graph in one form: what forwards write in several ways is written in the way that all later steps know."""
+
+from __future__ import annotations
+
+from torch import fx, nn
+
+
+def tidy(module: fx.GraphModule) -> None:
+    """Rewrite the graph in place; the outputs stay."""
+    for node in list(module.graph.nodes):
+        node.type = None  # annotations tell nothing, and some torch cannot pickle one that is a string
+        _name_no_input(node)
+        _drop_identity(module, node)
+    module.recompile()
+
+
+def _name_no_input(node: fx.Node) -> None:
+    """The input of a module or function that is called as ``conv(input=x)`` becomes its first argument, where all look
+    for it."""
+    if node.op not in ("call_module", "call_function") or node.args or len(node.all_input_nodes) != 1:
+        return
+    name, value = next(iter(node.kwargs.items()), ("", None))
+    if value is node.all_input_nodes[0] and (node.op == "call_module" and len(node.kwargs) == 1 or name == "input"):
+        node.args, node.kwargs = (value,), {key: v for key, v in node.kwargs.items() if key != name}
+
+
+def _drop_identity(module: fx.GraphModule, node: fx.Node) -> None:
+    """What stands where a batch-norm was folded or dropout left out would hide that a ReLU follows a layer."""
+    if node.op != "call_module" or not isinstance(module.get_submodule(node.target), nn.Identity):
+        return
+    if [*node.args, *node.kwargs.values()] == node.all_input_nodes:  # of one value, and no more
+        node.replace_all_uses_with(node.all_input_nodes[0])
+        module.graph.erase_node(node)
