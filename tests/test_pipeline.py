@@ -137,7 +137,9 @@ def test_metrics_can_be_measured_again_from_the_files(job):
     data, original = digits(seed=0), digits_cnn()
     ajpq.load_weights(original, folder / "original.safetensors")
     assert ajpq.accuracy(original, data.test) == report["metrics"]["original"]
-    assert ajpq.accuracy(load(folder), data.test) == report["metrics"]["final"] > report["metrics"]["searched"]
+    assert ajpq.accuracy(load(folder), data.test) == report["metrics"]["final"] >= report["metrics"]["searched"]
+    after, before = (report["held_out"][stage]["divergence"] for stage in ("final", "searched"))
+    assert after < before, "fine-tuning brings it nearer to the original, though perhaps no more digits are right"
     network = ajpq.trace(original, next(iter(data.calibration))[0])
     policy = CompressionPolicy.from_json((folder / "policy.json").read_text())
     policy.validate(network)
