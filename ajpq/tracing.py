@@ -6,14 +6,15 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from ajpq.bitstream import words_of
 from ajpq.channels import Value
 from ajpq.errors import AjpqError
 from ajpq.network import Network, NormSpec, Space
-from ajpq.plain import plain_copy
+from ajpq.plain import plain_copy, unwrapped
 from ajpq.proof import proven
+from ajpq.symbolic import symbolic
 from ajpq.tidying import tidy
 from ajpq.walk import Walk
 
@@ -21,28 +22,16 @@ from ajpq.walk import Walk
 def trace(model: nn.Module, example: Tensor) -> Network:
     """Prove which channels of `model` belong together.
 
-    model: any module that torch.fx can trace with one tensor argument; a copy is taken to the CPU, the model is not
-    modified.
+    model: any module that torch.fx can trace with one tensor argument, further ones having their defaults; a copy is
+    taken to the CPU, the model is not modified.
     example: float (N, C, H, W), one input of the size the network will see.
-    Raises AjpqError if a weight is not finite, torch.fx cannot trace the module, or it has no conv or linear layer.
+    Raises AjpqError if a weight is not finite or not float32, torch.fx cannot trace the module, or it has no conv or
+    linear layer.
     """
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise AjpqError(
-                f"weights must be finite, but {name!r} has {int((~torch.isfinite(tensor)).sum())} NaN or inf values "
-                "of " + f"{tensor.numel()}; load another checkpoint or train with a lower learning rate"
-            )
+    model = unwrapped(model)
+    _check(model)
     private = plain_copy(model).cpu().eval().requires_grad_(False)
-    try:
-        module = fx.symbolic_trace(private)
-    except (
-        Exception
-    ) as error:  # torch.fx raises TraceError, TypeError, NameError, whatever the forward does with a Proxy
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise AjpqError(
-            f"{type(model).__name__}.forward must be traceable by torch.fx, but: {reason}; take data-dependent `if`, "
-            "`assert` and loops over values out of forward, or put them into a function under torch.fx.wrap"
-        ) from error
+    module = symbolic(private)
     tidy(module)
     example = example.detach()[:2].float().cpu()
     example = example if len(example) == 2 else example.repeat(2, *([1] * (example.ndim - 1)))
@@ -63,9 +52,31 @@ def trace(model: nn.Module, example: Tensor) -> Network:
     if not walk.layers:
         raise AjpqError(
             f"a network must have a Conv2d or Linear module that its forward calls, but {type(model).__name__} "
-            "has none (F.conv2d is invisible as a layer); use modules"
+            "has none (F.conv2d is invisible as a layer, and so is a subclass with a forward of its own); use modules"
         )
     return proven(assemble(walk, private, example))
+
+
+def _check(model: nn.Module) -> None:
+    """Raises AjpqError for models that are known not to be traceable, or whose weights nothing can be made of."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise AjpqError(
+                f"a network must be made of Python modules, but {name or 'it'} is a {type(module).__name__}, compiled "
+                "by torch.jit; give the module that it was made from"
+            )
+    for name, tensor in model.named_parameters():
+        if tensor.dtype != torch.float32:
+            raise AjpqError(
+                f"parameters must be float32, but {name!r} is {tensor.dtype}; call model.float(), and give float32 "
+                "images"
+            )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise AjpqError(
+                f"weights must be finite, but {name!r} has {int((~torch.isfinite(tensor)).sum())} NaN or inf values "
+                "of " + f"{tensor.numel()}; load another checkpoint or train with a lower learning rate"
+            )
 
 
 def assemble(walk: Walk, original: nn.Module, example: Tensor) -> Network:
@@ -106,11 +117,12 @@ def assemble(walk: Walk, original: nn.Module, example: Tensor) -> Network:
         for name, move in walk.moves.items()
     }
     used = {str(n.target) for n in walk.module.graph.nodes if n.op == "call_module"}
+    seen = {str(n.target).rpartition(".")[0] for n in walk.module.graph.nodes if n.op == "get_attr"}  # traced through
     unused = tuple(
         name
         for name, m in original.named_modules()
         if isinstance(m, (nn.Conv2d, nn.Linear))
-        and name not in used
+        and name not in used | seen
         and not any(name.startswith(leaf + ".") for leaf in used)
     )
     known = set(walk.layers) | set(walk.norm_nodes)
