@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ajpq.network import Network
 from ajpq.surgery import shrink
@@ -64,13 +65,17 @@ def faithful(network: Network, alive: np.ndarray) -> bool:
 
 @torch.no_grad()
 def masked(network: Network, alive: np.ndarray) -> fx.GraphModule:
-    """A copy of the network in which every dead kernel, its bias and its norm entries are zero."""
+    """A copy of the network in which every dead kernel, its bias and its norm entries are zero. Layers that share
+    weights do not here, as they do not when they are smaller."""
     module = copy.deepcopy(network.module)
     entries = [(layer.name, layer.writes) for layer in network.layers]
     for name, channels in entries + [(norm.name, norm.channels) for norm in network.norms]:
-        dead = torch.from_numpy(~alive[channels])
-        for tensor in module.get_submodule(name).parameters(recurse=False):
-            tensor[dead] = 0
+        part, alive_here = module.get_submodule(name), torch.from_numpy(alive[channels])
+        for key, tensor in part.named_parameters(recurse=False):
+            rows = alive_here.reshape(-1, *[1] * (tensor.ndim - 1))
+            setattr(part, key, nn.Parameter(torch.where(rows, tensor, 0), requires_grad=False))
+        if isinstance(part, _BatchNorm) and not part.affine:
+            part.running_mean = torch.where(alive_here, part.running_mean, 0)
     return module
 
 

@@ -568,6 +568,23 @@ def test_expand_as_in_squeeze_and_excitation_stays_prunable():
     assert network.why_not(network["a"]) == ""
 
 
+@pytest.mark.parametrize("shared", (False, True), ids=("no_affine", "tied_weights"))
+def test_norms_without_affine_and_tied_weights_freeze_nothing(shared):
+    def parts():
+        b, c = conv(6, 6, bias=False), conv(6, 6, bias=False)
+        c.weight = b.weight if shared else c.weight
+        return {"a": conv(3, 6), "n": nn.BatchNorm2d(6, affine=shared), "b": b, "c": c, "l": head()}
+
+    network = traced(lambda m, x: m.l(gap(m.c(F.relu(m.b(F.relu(m.n(m.a(x)))))))), **parts())
+    assert [network.why_not(layer) for layer in network.layers] == ["", "", "", "network output"]
+    for seed in range(3):
+        policy = random_policy(network, seed, widths=(32,))
+        small = compress(network, policy)
+        zeroed = copy.deepcopy(network)
+        zeroed.module.c.weight = nn.Parameter(zeroed.module.c.weight.detach().clone())
+        assert difference(masked(zeroed, policy), small, network.example) <= 1e-5
+
+
 # -- real networks ----------------------------------------------------------------------------------------------------
 
 
