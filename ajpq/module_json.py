@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_overloads
 
 import torch
 from torch import Tensor, nn
@@ -28,15 +28,22 @@ def module_to_json(path: str, module: nn.Module) -> list[Any]:
             f"{name_of(cls)}; write it with torch.nn modules so that tracing sees through it"
         )
     kwargs = {}
-    for name, parameter in inspect.signature(cls.__init__).parameters.items():
+    declared = next(iter(get_overloads(cls.__init__)), cls.__init__)  # nn.LSTM itself takes *args
+    for name, parameter in inspect.signature(declared).parameters.items():
         value = getattr(module, name, parameter.default)
         if isinstance(parameter.default, bool) and not isinstance(value, bool):
             value = value is not None  # bias=True became a tensor, bias=False became None
         kept = parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         kept &= name not in ("self", "device", "dtype") and value is not parameter.default
         if kept and value != parameter.default:
-            kwargs[name] = encode(value, lambda node: 0)
-    twin = module_from_json([cls.__name__, kwargs])
+            kwargs[name] = _encoded(path, value)
+    try:
+        twin = module_from_json([cls.__name__, kwargs])
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise AjpqError(
+            f"a leaf module of a shipped network must keep its constructor's arguments as attributes, but {path}, a "
+            f"{cls.__name__}, does not ({str(error).splitlines()[0]}); use another layer"
+        ) from error
     mine, its = (
         [[(k, t.shape, t.dtype) for k, t in tensors_of(m)], [(k, type(c)) for k, c in m.named_modules()]]
         for m in (module, twin)
@@ -50,6 +57,13 @@ def module_to_json(path: str, module: nn.Module) -> list[Any]:
             f"{', '.join(different + hooks) or 'tensors or children'}; undo the change"
         )
     return [cls.__name__, kwargs]
+
+
+def _encoded(path: str, value: Any) -> Any:
+    try:
+        return encode(value, lambda node: 0)
+    except AjpqError as error:
+        raise AjpqError(f"{path}: {error}") from error
 
 
 def module_from_json(spec: list[Any]) -> nn.Module:

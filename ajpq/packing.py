@@ -14,6 +14,7 @@ from ajpq import graph_json, module_json
 from ajpq.bitstream import VERSION, Reader, Writer
 from ajpq.errors import AjpqError
 from ajpq.layers import ActQuant, ChannelAffine, FrozenLayer, Geometry, QuantLayer
+from ajpq.network import Network
 from ajpq.outputs import round_as_read
 from ajpq.quantize import FLOAT, grid
 
@@ -175,6 +176,16 @@ def pack(network: fx.GraphModule, extra: Mapping[str, Any] | None = None) -> dic
         )
     except (TypeError, ValueError) as error:
         raise AjpqError(f"`extra` must be JSON data, but it is not ({error}); convert it first") from error
+
+
+def check(network: Network) -> None:
+    """Raises AjpqError where a finished network could not be packed, whatever the policy: for its operations, or for
+    modules that are neither layers nor batch-norms. For callers that want to know before they spend time."""
+    names, _ = graph_json.targets(graph_json.graph_to_json(network.module))
+    ours = {layer.name for layer in network.layers} | {norm.name for norm in network.norms}
+    for name in names:
+        if name not in ours:
+            module_json.module_to_json(name, network.module.get_submodule(name))
 
 
 def unpack(parts: Mapping[str, Tensor]) -> fx.GraphModule:

@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import fx, nn
 
-from ajpq import sharing
+from ajpq import packing, sharing
 from ajpq.budget import Budget
 from ajpq.checkpoint import load_weights, save_weights
 from ajpq.compression import compress
@@ -143,6 +143,7 @@ def prepare(cfg: DictConfig, folder: Path, screen: Screen) -> Prepared:
     model, (images, targets) = parts["model"].eval(), next(iter(data.calibration))
     with screen.stage("trace"):
         network = trace(model, images)
+    packing.check(network)
     check_task(parts["task"], model, images[:2], targets[:2])
     space = SearchSpace(network, parts["choices"])
     budget = reachable(space, limits, parts["costs"])

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ajpq.bitstream import words_of
 from ajpq.channels import Value
@@ -66,6 +67,8 @@ def _check(model: nn.Module) -> None:
                 "by torch.jit; give the module that it was made from"
             )
     for name, tensor in model.named_parameters():
+        if is_lazy(tensor):
+            raise AjpqError(f"parameters must have their shapes, but {name!r} has none yet; call the model once before")
         if tensor.dtype != torch.float32:
             raise AjpqError(
                 f"parameters must be float32, but {name!r} is {tensor.dtype}; call model.float(), and give float32 "

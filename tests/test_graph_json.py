@@ -293,6 +293,9 @@ def test_malformed_graphs_are_refused(nodes: list) -> None:
         nn.Unflatten(1, (2, 3)),
         nn.LeakyReLU(0.3),
         nn.ChannelShuffle(2),
+        nn.LSTM(4, 3, 2, batch_first=True, bidirectional=True, proj_size=2),
+        nn.GRU(4, 3, bias=False),
+        nn.RNN(4, 3, nonlinearity="relu"),
     ],
     ids=repr,
 )
@@ -334,6 +337,8 @@ def _eps(module: nn.Module) -> nn.Module:
         _hooked(nn.ReLU()),
         _eps(nn.BatchNorm2d(3)),
         nn.MultiheadAttention(4, 2, bias=False),
+        nn.TransformerEncoderLayer(4, 2),
+        nn.RNNCellBase(4, 3, True, 2),
         nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)),
     ],
     ids=lambda m: type(m).__name__,

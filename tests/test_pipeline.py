@@ -269,6 +269,16 @@ def test_images_without_labels_and_without_an_original_to_ask_are_told_before_th
     assert "Traceback" not in err and not list(tmp_path.rglob("original.safetensors"))
 
 
+def test_a_network_that_cannot_be_shipped_is_told_before_it_is_trained(tmp_path):
+    (tmp_path / "my_net.py").write_text(
+        "from torch import nn\ndef make():\n    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(2),\n"
+        "        nn.TransformerEncoderLayer(36, 1), nn.Flatten(), nn.Linear(144, 10))\n"
+    )
+    status, _, err = command(tmp_path, "model._target_=my_net.make")
+    assert status == 2 and "2: an argument in a shipped network must be" in err and "Traceback" not in err
+    assert not list(tmp_path.rglob("original.safetensors"))
+
+
 def test_splits_that_cannot_be_joined_are_told_before_the_search(tmp_path):
     (tmp_path / "mixed_data.py").write_text(
         "from dataclasses import replace\nfrom ajpq.data import digits\n"

@@ -18,10 +18,14 @@ from torch.nn import functional as F
 
 from ajpq import quantize
 from ajpq.bitstream import read_bits, write_bits
+from ajpq.calibration import calibrate
+from ajpq.compression import compress, freeze
 from ajpq.errors import AjpqError
 from ajpq.layers import ActQuant, ChannelAffine, FrozenLayer, Geometry, QuantLayer
-from ajpq.packing import pack, unpack
+from ajpq.packing import check, pack, unpack
+from ajpq.policy import CompressionPolicy
 from ajpq.shipping import FILE, describe, load, read_header, ship, to_bytes
+from ajpq.tracing import trace
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 32)
 
@@ -466,3 +470,44 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
 def test_describe_lists_layers_and_bytes(small: tuple[Path, bytes]) -> None:
     text = describe(small[0])
     assert "12x1x3x5" in text and "27" in text and f"{len(small[1]):,} bytes" in text and " x 32" in text
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase], end: nn.Module) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 6, 3), kind(6, 4, batch_first=True, bidirectional=True), nn.Linear(8, 5)
+        self.end = end
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self.c(self.b(F.relu(self.a(x)).mean(2).transpose(1, 2))[0].mean(1)))
+
+
+@pytest.mark.parametrize("kind", (nn.LSTM, nn.GRU, nn.RNN))
+def test_recurrent_networks_are_shipped(kind, tmp_path: Path) -> None:
+    x = torch.randn(4, 3, 8, 8)
+    network = trace(Recurrent(kind, nn.ReLU()).eval(), x)
+    check(network)
+    final = freeze(compress(network, CompressionPolicy.homogeneous(network, 4, 8), calibrate(network, [(x, None)])))
+    assert torch.equal(load(ship(final, tmp_path))(x), final(x))
+
+
+@torch.fx.wrap
+def tripled(x: Tensor) -> Tensor:
+    return x * 3
+
+
+class Tripled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return tripled(x)
+
+
+@pytest.mark.parametrize(
+    "end, told",
+    (
+        (Tripled(), "calls test_ship.tripled"),
+        (nn.Sequential(nn.Unflatten(1, (1, 5)), nn.TransformerEncoderLayer(5, 1).eval()), "end.1"),
+    ),
+)
+def test_what_cannot_be_shipped_is_known_before_a_search(end: nn.Module, told: str) -> None:
+    with pytest.raises(AjpqError, match=told):
+        check(trace(Recurrent(nn.GRU, end).eval(), torch.randn(4, 3, 8, 8)))

@@ -131,7 +131,7 @@ def named(name: str) -> nn.Module:
     return Net(lambda m, x: getattr(m, name)(m.a(x).mean((2, 3))), a=conv(3, 8), **{name: nn.Linear(8, 5)})
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore:Lazy modules")
 @pytest.mark.parametrize(
     "model, told",
     (
@@ -139,6 +139,7 @@ def named(name: str) -> nn.Module:
         (lambda: plain().half(), "'0.weight' is torch.float16; call model.float()"),
         (lambda: torch.jit.trace(plain(), images()), "it is a TopLevelTracedModule, compiled by torch.jit; give"),
         (lambda: nn.Sequential(torch.jit.trace(plain(), images())), "0 is a TopLevelTracedModule, compiled by"),
+        (lambda: nn.Sequential(nn.LazyConv2d(4, 3)), "'0.weight' has none yet; call the model once"),
         (lambda: named("graph"), "has a 'graph'; rename it"),
         (lambda: named("code"), "has a 'code'; rename it"),
         (lambda: named("meta"), "has a 'meta'; rename it"),
