@@ -75,5 +75,8 @@ def in_place(node: fx.Node, module: nn.Module | None) -> bool:
     """Whether the operation writes its result into its first input."""
     if module is not None:
         return bool(getattr(module, "inplace", False))
-    named = node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).startswith("_")
-    return named or node.target in _IN_PLACE or bool(node.kwargs.get("inplace", False))
+    if node.target in _IN_PLACE or node.kwargs.get("inplace", False):
+        return True
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    keyword = getattr(node.target, "__module__", "") == "_operator"  # operator.not_
+    return name.endswith("_") and not name.startswith("_") and not keyword

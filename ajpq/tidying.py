@@ -9,6 +9,7 @@ def tidy(module: fx.GraphModule) -> None:
     """Rewrite the graph in place; the outputs stay."""
     for node in list(module.graph.nodes):
         node.type = None  # annotations tell nothing, and some torch cannot pickle one that is a string
+        _copy_out(module.graph, node)
         _name_no_input(node)
         _drop_identity(module, node)
     module.recompile()
@@ -22,6 +23,19 @@ def _name_no_input(node: fx.Node) -> None:
     name, value = next(iter(node.kwargs.items()), ("", None))
     if value is node.all_input_nodes[0] and (node.op == "call_module" and len(node.kwargs) == 1 or name == "input"):
         node.args, node.kwargs = (value,), {key: v for key, v in node.kwargs.items() if key != name}
+
+
+def _copy_out(graph: fx.Graph, node: fx.Node) -> None:
+    """``torch.clamp(x, out=y)`` becomes ``y.copy_(torch.clamp(x))``: what writes in place writes into its first
+    input."""
+    into = node.kwargs.get("out")
+    if node.op != "call_function" or not isinstance(into, fx.Node):
+        return
+    node.kwargs = {key: value for key, value in node.kwargs.items() if key != "out"}
+    with graph.inserting_after(node):
+        copied = graph.call_method("copy_", (into,))
+    node.replace_all_uses_with(copied)
+    copied.args = (into, node)
 
 
 def _drop_identity(module: fx.GraphModule, node: fx.Node) -> None:

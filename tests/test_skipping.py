@@ -111,6 +111,16 @@ def writes_into_the_shortcut(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return (x + m.a(F.relu(x, inplace=True))).mean((2, 3))
 
 
+def writes_by_a_function(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    x = m.stem(x)
+    return (x + m.a(torch.relu_(x))).mean((2, 3))
+
+
+def writes_out(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    x = m.stem(x)
+    return (x + m.a(torch.clamp(input=x, min=0, out=x))).mean((2, 3))
+
+
 def weighs(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
     x = m.stem(x)
     return torch.add(x, m.a(x), alpha=2).mean((2, 3))
@@ -127,10 +137,25 @@ def is_used_elsewhere(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "run", (shares_a_layer, broadcasts, writes_into_the_shortcut, weighs, has_no_shortcut, is_used_elsewhere)
-)
+    "run",
+    (
+        shares_a_layer, broadcasts, writes_into_the_shortcut, writes_by_a_function, writes_out, weighs,
+        has_no_shortcut, is_used_elsewhere,
+    ),
+)  # fmt: skip
 def test_what_cannot_become_its_shortcut_is_no_branch(run):
     assert not traced(run, stem=conv(3, 6), a=conv(6, 6), other=conv(3, 6)).branches
+
+
+@pytest.mark.parametrize("run", (writes_into_the_shortcut, writes_by_a_function, writes_out))
+def test_what_writes_in_place_does_so_in_the_traced_network_and_the_compressed_one(run):
+    network = traced(run, stem=conv(3, 6), a=conv(6, 6))
+    x, module = network.example, network.module
+    with torch.no_grad():
+        assert torch.equal(module(x), run(module, x))
+        for seed in range(3):
+            policy = random_policy(network, seed, widths=(32,))
+            assert torch.allclose(compress(network, policy)(x), masked(network, policy)(x), atol=1e-5)
 
 
 # -- policies ---------------------------------------------------------------------------------------------------------
