@@ -93,15 +93,20 @@ def check_task(task: Task, model: nn.Module, images: Tensor, targets: Tensor) ->
     """Raises AjpqError where a network's outputs for a batch, or its targets, are not what the task is about."""
     with torch.no_grad():
         outputs, why = model(images), ""
+        if not isinstance(outputs, Tensor):
+            inside = f" of {', '.join(map(str, outputs))}" if isinstance(outputs, dict) else ""
+            raise AjpqError(
+                f"a network that is judged must return one tensor, but it returns a {type(outputs).__name__}{inside}; "
+                "wrap it in a module that returns the part that counts"
+            )
         try:
             fits = len(task.losses(outputs, targets)) == len(task.quality(outputs, targets)) == len(images)
         except (ValueError, IndexError, RuntimeError, TypeError) as error:
             fits, why = False, f" ({str(error).splitlines()[0]})"
     if not fits:
-        found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise AjpqError(
-            f"task, model and data must fit, but {type(task).__name__} cannot judge outputs of {found} by targets of "
-            f"{tuple(targets.shape)}{why}; set task= to what the network and the data are for"
+            f"task, model and data must fit, but {type(task).__name__} cannot judge outputs of {tuple(outputs.shape)} "
+            f"by targets of {tuple(targets.shape)}{why}; set task= to what the network and the data are for"
         )
 
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from nets import batches_of, conv, images_of, model_of, network_of, problem_of, traced
+from nets import Net, batches_of, conv, images_of, model_of, network_of, problem_of, traced
 from torch import nn
 
 from ajpq.compression import compress
@@ -196,6 +196,21 @@ def test_bad_input():
         Problem(model_of("digits_cnn"), good, good, {"size": 0.001})
     with pytest.raises(AjpqError, match="input of shape"):
         Problem(model_of("digits_cnn"), [(torch.zeros(4, 3, 8, 8), torch.zeros(4))], good, {"size": 0.5})
+
+
+@pytest.mark.parametrize(
+    "run, told",
+    (
+        (lambda m, x: {"out": m.l(x.flatten(1)), "aux": x}, "returns a dict of out, aux; wrap it"),
+        (lambda m, x: (m.l(x.flatten(1)), x), "returns a tuple; wrap it"),
+        (lambda m, x: m.l(x.flatten(1))[:1], "Classification cannot judge outputs of"),
+    ),
+)
+def test_outputs_that_the_task_cannot_judge_are_told_at_once(run, told):
+    x = torch.randn(8, 3, 8, 8)
+    data = [(x, torch.zeros(8, dtype=torch.int64))]
+    with pytest.raises(AjpqError, match=told):
+        Problem(Net(lambda m, x: run(m, m.a(x)), a=conv(3, 4), l=nn.Linear(256, 5)), data, data, {"size": 0.9})
 
 
 def test_a_reward_that_is_no_number_is_never_the_best():

@@ -21,7 +21,7 @@ from ajpq.scoring.racing import LOOKS, hopeless
 from ajpq.scoring.reference import Reference
 from ajpq.scoring.setting import Measured, Setting
 from ajpq.scoring.tally import Tally, exact, summed, tally
-from ajpq.tasks import is_binary
+from ajpq.tasks import check_task, is_binary
 
 ARITHMETICS = ("auto", "int8", "float32", "float64", "bfloat16")
 TOLERANCE = 0.005  # of accuracy, for bfloat16
@@ -54,6 +54,8 @@ class Local:
         self.batches = [(self.engine.ready(x), y.to(self.engine.arithmetic.device)) for x, y, *_ in setting.search_data]
         if not self.batches:
             raise AjpqError("accuracy needs at least one image, but the search split holds none; check the data")
+        x, y = (part[:2].cpu() for part in self.batches[0])
+        check_task(setting.task, setting.network.module, x.float().contiguous(), y)
         if risk:
             if not is_binary(setting.task):
                 raise AjpqError(
