@@ -13,10 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from ajpq.errors import AjpqError
+from ajpq.image_order import channels_last
 from ajpq.loaders import Batches
 from ajpq.matching import matched
 from ajpq.network import Network
-from ajpq.objective import channels_last
 from ajpq.training import device_of
 
 LEAST, MOST = 2048, 8192  # see `samples_of`

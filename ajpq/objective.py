@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ajpq.features import Features
+from ajpq.image_order import channels_last, takes_channels_last
 from ajpq.recipe import PRECISIONS
 from ajpq.tasks import Task
 
@@ -27,6 +28,7 @@ class Objective:
     features: Features | None
     precision: str
     device: torch.device
+    _last: dict[nn.Module, bool] = field(default_factory=dict)  # whether it takes images in channels-last order
 
     def __call__(self, x: Tensor, y: Tensor, unlabelled: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The loss () of images x (N, C, H, W), and of images without labels if there are, and the outputs (N, ...)
@@ -42,23 +44,23 @@ class Objective:
 
     def _both(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """What the model and the teacher make of images, float32."""
-        x, low = channels_last(x.to(self.device)), self.precision != "float32"
+        x, low = x.to(self.device), self.precision != "float32"
+        mine, its = (x if model is None else self._ordered(model, x) for model in (self.model, self.teacher))
         with torch.autocast(self.device.type, PRECISIONS[self.precision], enabled=low):
-            outputs = self.model(x)
+            outputs = self.model(mine)
             with torch.no_grad():
-                target = None if self.teacher is None else self.teacher(x)
+                target = None if self.teacher is None else self.teacher(its)
         return (outputs.float(), target if target is None else target.float()) if low else (outputs, target)
+
+    def _ordered(self, model: nn.Module, x: Tensor) -> Tensor:
+        if model not in self._last:
+            self._last[model] = takes_channels_last(model, x)
+        return channels_last(x) if self._last[model] else x
 
     def _distance(self, outputs: Tensor, target: Tensor) -> Tensor:
         """Of the last batch that both networks saw, in outputs and inner tensors."""
         loss = self.distill * self.task.divergences(outputs, target, self.temperature).mean()
         return loss if self.features is None else loss + self.features.loss()
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """The same images in the order of memory in which processors train convolutions faster (ResNet-20 1.25, MobileNetV1
-    1.3, SkyNet 2 times, float32, one thread of an EPYC with AVX-512)."""
-    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
 
 def norms_of(model: nn.Module) -> list[_BatchNorm]:

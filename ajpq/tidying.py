@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx, nn
+
+from ajpq import ops
 
 
 def tidy(module: fx.GraphModule) -> None:
@@ -12,6 +15,8 @@ def tidy(module: fx.GraphModule) -> None:
         _copy_out(module.graph, node)
         _name_no_input(node)
         _drop_identity(module, node)
+    for node in module.graph.nodes:
+        _reshape(module, node)
     module.recompile()
 
 
@@ -45,3 +50,20 @@ def _drop_identity(module: fx.GraphModule, node: fx.Node) -> None:
     if [*node.args, *node.kwargs.values()] == node.all_input_nodes:  # of one value, and no more
         node.replace_all_uses_with(node.all_input_nodes[0])
         module.graph.erase_node(node)
+
+
+def _reshape(module: fx.GraphModule, node: fx.Node) -> None:
+    """Views that nobody writes into, because images may come in channels-last order."""
+    if node.op == "call_method" and node.target == "view" and not any(isinstance(a, torch.dtype) for a in node.args):
+        if not _is_written(module, node):
+            node.target = "reshape"
+
+
+def _is_written(module: fx.GraphModule, node: fx.Node) -> bool:
+    for user in node.users:
+        if user.op not in ("call_module", "call_function", "call_method"):
+            continue
+        part = module.get_submodule(user.target) if user.op == "call_module" else None
+        if ops.in_place(user, part) or ops.name_of(user, part) in ops.MOVE and _is_written(module, user):
+            return True
+    return False

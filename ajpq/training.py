@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ajpq.averaging import Average
 from ajpq.errors import AjpqError
 from ajpq.features import Features
+from ajpq.image_order import mode
 from ajpq.loaders import Batches, Beside
 from ajpq.objective import Objective, norms_of
 from ajpq.optimizer import optimizer_of, rate
@@ -39,7 +40,7 @@ def outputs_of(model: nn.Module, batches: Batches, metric: str = "metric") -> tu
     """Outputs (n, ...) and targets (n, ...) of a split, in eval mode; all modes are restored. Raises AjpqError if there
     is no image, which the metric needs."""
     device = device_of(model)
-    with _modes(model, training=False):
+    with mode(model, training=False):
         pairs = [(model(x.to(device)).cpu(), y.cpu()) for x, y, *_ in batches]  # (N, C, H, W), (N, ...)
     if not sum(len(y) for _, y in pairs):
         raise AjpqError(f"The {metric} needs at least one image, but the batches hold none: check the data split.")
@@ -72,7 +73,7 @@ def recalibrate(model: nn.Module, batches: Batches) -> None:
         (norm, norm.momentum, {name: value.clone() for name, value in norm.named_buffers(recurse=False)})
         for norm in norms
     ]
-    with _modes(model, training=False):
+    with mode(model, training=False):
         try:
             for norm in norms:
                 norm.reset_running_stats()
@@ -159,7 +160,7 @@ def fit(
     chosen |= {"teacher": teacher is not None, "features": 0.0 if features is None else features.weight}
     state = TrainingState(model, batches, stepper, average, chosen | dict(also or {}), device)
     rng = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    with rng, _modes(model, training=True), _modes(teacher, training=False), features or nullcontext():
+    with rng, mode(model, training=True), mode(teacher, training=False), features or nullcontext():
         torch.manual_seed(seed)
         rows, skips = ([], 0) if checkpoint is None else state.load(checkpoint)
         step = len(rows) * (steps // epochs)
@@ -251,19 +252,6 @@ def _restart_norms(model: nn.Module) -> None:
     for norm in norms_of(model):
         if not (norm.running_mean.isfinite().all() and norm.running_var.isfinite().all()):
             norm.reset_running_stats()
-
-
-@contextmanager
-def _modes(model: nn.Module | None, *, training: bool) -> Iterator[None]:
-    """Put the whole model into one mode, and every module back into its own afterwards."""
-    before = [] if model is None else [(module, module.training) for module in model.modules()]
-    try:
-        if model is not None:
-            model.train(training)
-        yield
-    finally:
-        for module, mode in before:
-            module.training = mode
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ajpq.bank import WeightBank
 from ajpq.compression import compress
 from ajpq.correction import Correction
-from ajpq.objective import channels_last
+from ajpq.image_order import channels_last
 from ajpq.policy import CompressionPolicy
 from ajpq.scoring.setting import Measured, Setting
 from ajpq.scoring.tally import exact, summed, tally
