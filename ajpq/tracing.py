@@ -69,7 +69,7 @@ def _check(model: nn.Module) -> None:
     for name, tensor in model.named_parameters():
         if is_lazy(tensor):
             raise AjpqError(f"parameters must have their shapes, but {name!r} has none yet; call the model once before")
-        if tensor.dtype != torch.float32:
+        if tensor.dtype != torch.float32 and (tensor.is_floating_point() or tensor.is_complex()):
             raise AjpqError(
                 f"parameters must be float32, but {name!r} is {tensor.dtype}; call model.float(), and give float32 "
                 "images"
