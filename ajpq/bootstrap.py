@@ -12,6 +12,7 @@ from ajpq.intervals import LEVEL
 
 RESAMPLES = 10_000
 CELLS = 2**22  # of a table of draws in memory: our choice
+ROUNDING = 1e-6  # of metrics that were computed in float32
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,10 @@ class Paired:
 
     @property
     def word(self) -> str | None:
-        """better, worse or no better; None without an interval."""
+        """better, worse or no better, as differences of rounding are; None without an interval."""
         if self.low is None or self.high is None:
             return None
-        return "better" if self.low > 0 else "worse" if self.high < 0 else "no better"
+        return "better" if self.low > ROUNDING else "worse" if self.high < -ROUNDING else "no better"
 
 
 def paired(ours: ArrayLike, theirs: ArrayLike, blocks: ArrayLike | None = None, seed: int = 0) -> Paired:

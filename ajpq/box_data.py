@@ -89,6 +89,7 @@ def dac_sdc(
     Raises AjpqError for a missing folder or table, a split without boxes, and more than 1 % unreadable images or boxes
     without area in their image; fewer are left out with a warning.
     """
+    check_counts(1, block=block)
     root = Path(root)
     table = root / "boxes.csv"
     if not table.is_file():
@@ -96,7 +97,7 @@ def dac_sdc(
             f"data.root must be a folder with boxes.csv and images/, but there is no {table}; set data.root"
         )
     labelled: Labelled = {}
-    with table.open(newline="") as file:
+    with table.open(newline="", encoding="utf-8-sig") as file:
         for row in csv.DictReader(file):
             try:
                 corners = tuple(float(row[key]) for key in ("xmin", "ymin", "xmax", "ymax"))

@@ -152,6 +152,11 @@ def _indices(
         raise AjpqError(
             f"training and test part must have the same classes, but in {folder} only one has {odd}; mend the folders"
         )
+    if len(train) < 2:
+        raise AjpqError(
+            f"a classifier needs two classes at least, but {folder} has only {', '.join(train)}; give every class a "
+            "folder of its own"
+        )
     if classes is None:
         return tuple(train), {name: i for i, name in enumerate(train)}
     given = classes if isinstance(classes, Mapping) else _read(Path(classes))

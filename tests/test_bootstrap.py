@@ -146,6 +146,13 @@ def test_differences_are_of_both_stages_and_told_in_words():
     assert "+0.0000 to the original on the same 400 test images" in same and same.endswith("no difference can be told")
 
 
+@pytest.mark.parametrize(
+    "difference, word", ((1e-8, "no better"), (-1e-8, "no better"), (1e-3, "better"), (-1e-3, "worse"))
+)
+def test_rounding_is_no_difference(difference, word):
+    assert paired(np.full(50, 0.5) + difference, np.full(50, 0.5)).word == word
+
+
 def test_blocks_are_told():
     blocked = report.differences(VALUES, torch.arange(400) // 20)["searched"]["accuracy"]
     assert "400 test images in 20 blocks, 95 % interval" in report.difference_told("accuracy", "searched", blocked)

@@ -310,9 +310,17 @@ def test_a_split_without_a_box_is_an_error(tmp_path, part):
         coco(coco_folder(tmp_path, forget), size=(18, 32))
 
 
+def test_a_table_of_a_spreadsheet_begins_with_a_mark(frames):
+    table = frames / "boxes.csv"
+    table.write_text(table.read_text(), encoding="utf-8-sig")
+    assert len(dac_sdc(frames, block=4).test.images) == 8
+
+
 def test_what_is_wrong_with_a_folder_is_said(frames, tmp_path):
     with pytest.raises(AjpqError, match="there is no .*boxes.csv"):
         dac_sdc(tmp_path / "nowhere")
+    with pytest.raises(AjpqError, match="block >= 1"):
+        dac_sdc(frames, block=0)
     with pytest.raises(AjpqError, match="train=0.99"):
         dac_sdc(frames, train=0.99)
     with pytest.raises(AjpqError, match="resize must be one of"):

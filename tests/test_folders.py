@@ -50,8 +50,8 @@ SQUARE = {"size": 32, "resize": 32, "batch_size": 20, "search_images": 20}
 
 @pytest.fixture
 def square(tmp_path):
-    write(tmp_path / "train", {"a": 40}, sizes=((32, 32),))
-    write(tmp_path / "val", {"a": 1}, sizes=((32, 32),))
+    write(tmp_path / "train", {"a": 20, "b": 20}, sizes=((32, 32),))
+    write(tmp_path / "val", {"a": 1, "b": 1}, sizes=((32, 32),))
     return tmp_path
 
 
@@ -276,6 +276,10 @@ def test_wrong_folders_are_named(root, tmp_path):
     write(tmp_path / "other" / "test", {"ant": 2})
     with pytest.raises(AjpqError, match="several: other, set"):
         imagefolder(tmp_path, **SMALL)
+    write(tmp_path / "one" / "train", {"ant": 2})
+    write(tmp_path / "one" / "test", {"ant": 2})
+    with pytest.raises(AjpqError, match="two classes at least, but .*one has only ant"):
+        imagefolder(tmp_path / "one", **SMALL)
     (root / "train" / "cow").mkdir()
     with pytest.raises(AjpqError, match="train/cow has none"):
         imagefolder(root, **SMALL)
