@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium import spaces
 from scipy.special import ndtri  # quantiles of the normal distribution; scipy.stats takes a second to import
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
@@ -23,10 +24,11 @@ from agents.linear_program import settle
 from agents.sensitivity import Sensitivity
 from ajpq.errors import AjpqError, check_counts
 from ajpq.problem import Problem, SearchBackend, SearchResult
-from envs.views import Views, turn, views_of
+from envs.views import ChannelView, LayerView, Views, turn, views_of
 
 PATIENCE = 60  # proposals in a row that are all known, after which the search ends
 KEEP = 1e3  # factor on the loss of lowering what the noise has just changed; it is not raised
+STANDARD = {"layer": LayerView, "channel": ChannelView}
 WHO = {"sparsity": "layer", "act": "layer", "width": "channel"}  # controller of every kind of decision
 
 
@@ -74,7 +76,7 @@ class Hierarchical:
     batch_size, net_arch, learning_rate, buffer_size: of each controller's networks (AMC and HAQ: 64, 300-300, 1e-3
         critic).
     views: observations other than those of `CompressionEnv`: {"layer": View, "channel": View} or a callable that makes
-        them of the problem.
+        them of the problem. Actions are those of the standard views.
     on_episode: called with (number, reward, best reward so far) after each.
 
     The reward comes at the end and the discount is 1, so the return of every decision is the reward itself: it is
@@ -175,6 +177,12 @@ class Hierarchical:
         self.problem, self.genome = problem, Genome(problem.space)
         self.walkers, self.controllers = views_of(problem, self.views), {}
         for who, view in self.walkers.items():
+            if getattr(type(view), "apply", None) is not STANDARD[who].apply or not _is_unit(view.action_space):
+                raise AjpqError(
+                    f"controllers plan in levels of [-1, 1], so a view may only observe otherwise, but that of "
+                    f"{who!r} decodes actions of its own; derive it from {STANDARD[who].__name__} without `apply`, or "
+                    "use search=single, which calls it"
+                )
             self.controllers[who] = Controller(view, self.kind, self.seed + len(self.controllers), self.settings)
         self.rng, self.episodes, self.sensitivity = np.random.default_rng(self.seed), [], None
         self.gene = {(gene.kind, gene.layer, gene.block): i for i, gene in enumerate(self.genome.genes)}
@@ -314,3 +322,7 @@ class Hierarchical:
                 actions = np.where(genes >= 0, levels[:, genes], 0).astype(np.float32)  # (K, N, size)
                 total += controller.value(parent.observations[who], actions).sum(1)
         return total
+
+
+def _is_unit(space: spaces.Space) -> bool:
+    return isinstance(space, spaces.Box) and bool((space.low == -1).all() and (space.high == 1).all())

@@ -80,9 +80,11 @@ def dac_sdc(
     Frames that follow each other may show the same scene: whole blocks of `block` consecutive frames (20: our choice)
     go to train, search or test, and count as one where the test split says how sure a difference is. train, search:
     fractions of the blocks; the rest is the test split. size: (H, W) of the network's input. resize: nearest, bilinear
-    or bicubic. zoom: training sees exp(-zoom) to exp(zoom) of a frame's width and height, see `Views`. workers:
-    processes that read. cache_bytes: of frames kept in memory, at most, 3 bytes for each of their pixels (of 640 x 360
-    0.7 MB; larger than 2.5 times `size` they are kept smaller); what does not fit is read anew in every epoch.
+    or bicubic. seed: of the frames that the search sees and of the order of the others; the test frames are the same
+    for every seed, so that no network has learned from them by another. zoom: training sees exp(-zoom) to exp(zoom) of
+    a frame's width and height, see `Views`. workers: processes that read. cache_bytes: of frames kept in memory, at
+    most, 3 bytes for each of their pixels (of 640 x 360 0.7 MB; larger than 2.5 times `size` they are kept smaller);
+    what does not fit is read anew in every epoch.
     unlabelled: a folder of further pictures, or several, see `Data`; they are resized and augmented like frames, and
     kept in as much memory again.
 
@@ -108,14 +110,16 @@ def dac_sdc(
                 ) from error
     pictures = _pictures(labelled, size, resize, cache_bytes)
     blocks = np.arange(len(labelled)) // block
-    order = np.random.default_rng(seed).permutation(blocks.max() + 1)
+    order = np.random.default_rng(0).permutation(blocks.max() + 1)
     ends = [round(train * len(order)), round((train + search) * len(order))]
     if not 0 < ends[0] < ends[1] < len(order):
         raise AjpqError(
             f"each of train, search and test must have a block of frames, but {train=} and {search=} leave one of "
             f"{len(order)} blocks empty; change them or `block`"
         )
-    parts = [torch.from_numpy(np.flatnonzero(np.isin(blocks, some))) for some in np.split(order, ends)]
+    learned = np.roll(order[: ends[1]], seed * (ends[1] - ends[0]))  # every seed holds out the next blocks
+    splits = np.split(np.concatenate([learned, order[ends[1] :]]), ends)
+    parts = [torch.from_numpy(np.flatnonzero(np.isin(blocks, some))) for some in splits]
     data = _splits(
         pictures, parts, seed, batch_size, eval_batch_size, calibration_images, zoom, size=size, resize=resize,
         workers=workers, scenes=torch.from_numpy(blocks),
@@ -233,8 +237,9 @@ def _beside(
     """The data with pictures of which nothing is known beside those of training, in the same batches."""
     if unlabelled is None:
         return data
-    held = data.test.pictures.paths[data.test.images]
-    pictures = _pictures({path: [] for path in pictures_under(unlabelled, held)}, size, resize, cache_bytes)
+    names, search, test = data.test.pictures.paths, data.search.images, data.test.images
+    others = pictures_under(unlabelled, names[search], names[test])
+    pictures = _pictures({path: [] for path in others}, size, resize, cache_bytes)
     more = data.train.over(pictures)
     more.scenes = None
     return replace(data, unlabelled=more)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -41,6 +42,18 @@ def skip(batches: Iterable, epochs: int) -> None:
     """Begin so many epochs and leave them: the next one is that which a training of that length would see."""
     for _ in range(epochs):
         next(iter(batches), None)
+
+
+def reseed(batches: Iterable, seed: int) -> None:
+    """Give a fresh loader the orders of a seed: other ones for every other seed. A loader that hides its generators is
+    begun `seed` % 1000 times; a DataLoader without one draws from torch's own, whose state is the caller's business."""
+    for part, _ in _loaders(batches):
+        generators = _generators(part)
+        for generator in generators:
+            both = np.random.SeedSequence([generator.initial_seed(), seed])
+            generator.manual_seed(int(both.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+        if not generators and not isinstance(part, DataLoader):
+            skip(part, seed % 1000)
 
 
 def orders_of(batches: Iterable) -> list[Tensor]:

@@ -7,7 +7,7 @@ from itertools import islice
 
 from torch import Tensor, nn
 
-from ajpq.loaders import Batches
+from ajpq.loaders import Batches, apart
 from ajpq.objective import norms_of
 from ajpq.training import recalibrate
 
@@ -27,7 +27,7 @@ class FrozenNorms:
     def __call__(self, step: int, steps: int) -> Sequence[Tensor]:
         first = round((1 - self.share) * steps)
         if 0 < step == first and self.norm_batches:
-            recalibrate(self.model, islice(self.batches, self.norm_batches))
+            recalibrate(self.model, islice(apart(self.batches), self.norm_batches))
         if step >= first:
             for norm in norms_of(self.model):
                 norm.eval()

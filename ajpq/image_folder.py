@@ -90,7 +90,7 @@ def imagefolder(
     )
     if unlabelled is None:
         return data
-    others = pictures_under(unlabelled, paths[n_train:])
+    others = pictures_under(unlabelled, [paths[i] for i in order[:search_images]], paths[n_train:])
     more = Pictures(others, torch.full((len(others),), -1), cache_bytes)
     more.check()
     return replace(data, unlabelled=data.train.over(more))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Collection, Iterable, Iterator, Sequence, Sized
 
 import torch
 from torch import Tensor
@@ -14,8 +15,8 @@ from ajpq.errors import AjpqError
 Batches = Iterable[tuple[Tensor, Tensor]]  # images (N, C, H, W) float32, labels (N,) int64
 
 
-def check_batches(**splits: Batches) -> None:
-    """Raise AjpqError for a split, given by its name, that holds nothing or can be gone through only once."""
+def check_batches(*, may_be_empty: Collection[str] = (), **splits: Batches) -> None:
+    """Raise AjpqError for a split, given by its name, that can be gone through only once, or holds nothing and must."""
     for name, batches in splits.items():
         if not isinstance(batches, Iterable):
             raise AjpqError(
@@ -31,7 +32,7 @@ def check_batches(**splits: Batches) -> None:
             empty = isinstance(batches, Sized) and not len(batches)
         except TypeError:  # a DataLoader over a stream
             empty = False
-        if empty:
+        if empty and name not in may_be_empty:
             raise AjpqError(f"the {name} split must hold images, but it has no batch; check the data and its fractions")
 
 
@@ -46,6 +47,16 @@ def take(batches: Batches, images: int | None) -> Batches:
         kept.append(batch)
         seen += len(batch[0])
     return kept
+
+
+def apart(batches: Batches) -> Batches:
+    """The same batches, to be gone through while somebody else does: a DataLoader with persistent workers has one pass
+    at a time, which every `iter` begins anew."""
+    if not isinstance(batches, DataLoader) or not batches.persistent_workers:
+        return batches
+    twin = copy.copy(batches)
+    twin._iterator = None  # workers of its own
+    return twin
 
 
 def divide(batches: Batches, share: float, seed: int) -> tuple[Batches, Batches]:

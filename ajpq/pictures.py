@@ -33,10 +33,12 @@ def is_picture(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and path.name[0] != "."
 
 
-def pictures_under(folders: str | Path | Sequence[str | Path], test: Iterable[str | Path]) -> list[Path]:
+def pictures_under(
+    folders: str | Path | Sequence[str | Path], search: Iterable[str | Path], test: Iterable[str | Path]
+) -> list[Path]:
     """The picture files of folders and of all folders in them but hidden ones and links, each once, in the order of
-    their paths. Raises AjpqError for a folder without any, and for one that has pictures of the test split, whose files
-    are `test`."""
+    their paths, without those of the search split, whose files are `search`. Raises AjpqError for a folder without any,
+    and for one that has pictures of the test split, whose files are `test`."""
     given = [folders] if isinstance(folders, str | Path) else folders
     if (
         not isinstance(given, Sequence)
@@ -64,6 +66,8 @@ def pictures_under(folders: str | Path | Sequence[str | Path], test: Iterable[st
                     "folders without the pictures of the test split"
                 )
             found.setdefault(real, path)
+    for path in search:
+        found.pop(Path(path).resolve(), None)
     return list(found.values())
 
 

@@ -141,7 +141,8 @@ class Problem:
         on_evaluation: Callable[[Evaluation], None] | None = None,
     ) -> None:
         check_correction(correction)
-        check_batches(calibration=calibration, search=search, **({} if train is None else {"training": train}))
+        more = {} if train is None else {"training": train}
+        check_batches(calibration=calibration, search=search, may_be_empty=("search",), **more)  # an evaluator's matter
         choices = choices or Choices()
         calibration = take(calibration, CALIBRATION_IMAGES)
         self.network = model if isinstance(model, Network) else trace(model, first_images(calibration))

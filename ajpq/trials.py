@@ -14,7 +14,7 @@ from typing import Any
 from ajpq import report as reporting
 from ajpq.console import Screen
 from ajpq.data import Data
-from ajpq.epochs import skip
+from ajpq.epochs import reseed
 from ajpq.errors import AjpqError
 from ajpq.files import remove_parts, replacing, write_text
 from ajpq.loaders import Batches
@@ -101,9 +101,9 @@ class Tuner:
 
 
 def _later(train: Batches, seed: int) -> Batches:
-    """The same images in other orders: those of a loader whose epochs are seeded, from its epoch `seed` on."""
+    """The same images in orders of their own; those of a seed are always the same."""
     train = copy.deepcopy(train)
-    skip(train, seed % 1000)
+    reseed(train, seed)
     return train
 
 

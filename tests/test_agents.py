@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import stable_baselines3
 import torch
+from gymnasium import spaces
 from nets import problem_of
 
 from agents.evolution import NSGA2
@@ -263,6 +264,21 @@ def test_hierarchical_with_views_of_the_users_own():
         8, 0, warmup=4, gradient_steps=2, views=lambda problem: {"layer": LayerView(problem), "channel": Blind(problem)}
     ).search(on(widest))
     assert result.evaluations == 8
+
+
+def test_hierarchical_takes_no_view_that_decodes_actions():
+    class Unit(ChannelView):
+        def __init__(self, problem):
+            super().__init__(problem)
+            self.action_space = spaces.Box(0.0, 1.0, (1,), np.float32)
+
+    class Twice(ChannelView):
+        def apply(self, draft, action):
+            super().apply(draft, 2 * action)
+
+    for view in (Unit, Twice):
+        with pytest.raises(AjpqError, match="derive it from ChannelView without `apply`, or use search=single"):
+            Hierarchical(8, 0, warmup=4, views=lambda problem, view=view: {"channel": view(problem)}).search(on(widest))
 
 
 def test_hierarchical_stops_when_there_is_nothing_new():

@@ -245,6 +245,19 @@ def test_frames_are_split_by_blocks(frames):
     assert sum(len(boxes) for _, boxes in both) == 32
 
 
+def test_every_seed_has_the_same_test_frames(frames):
+    """A network that was trained with one seed would otherwise be tested with another on what it has learned from."""
+    settings = {"size": (18, 32), "block": 4, "train": 0.5, "search": 0.25}
+    found = [dac_sdc(frames, seed=seed, **settings) for seed in range(3)]
+    test, *others = [data.test.images.tolist() for data in found]
+    assert others == [test] * 2
+    searched = [frozenset(data.search.images.tolist()) for data in found]
+    assert len(set(searched)) == 3
+    for data in found:
+        parts = [set(getattr(data, name).images.tolist()) for name in ("train", "search", "test")]
+        assert sum(map(len, parts)) == len(set.union(*parts)) == 40
+
+
 def test_coco_json_is_read(tmp_path):
     for part, count in (("train", 10), ("valid", 3)):
         (tmp_path / part).mkdir()

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, RandomSampler, Subset, TensorDataset
 
 from ajpq.data import digits
-from ajpq.epochs import begun, go_on, orders_of, restarted, seeded
+from ajpq.epochs import begun, go_on, orders_of, reseed, restarted, seeded
 from ajpq.errors import AjpqError
 from ajpq.loaders import Beside
 
@@ -109,3 +109,17 @@ def test_an_epoch_that_is_abandoned_does_not_change_the_next() -> None:
     assert torch.equal(torch.rand(5, generator=begun(whole)), torch.rand(5, generator=begun(broken)))
     assert torch.equal(torch.rand(5, generator=begun(restarted(whole))), torch.rand(5, generator=begun(seeded(7))))
     assert seeded(None) is None and restarted(None) is None
+
+
+@pytest.mark.parametrize("loader", (lambda: digits(batch_size=200).train, lambda: digits(batch_size=200, seed=1).train))
+def test_every_seed_has_orders_of_its_own(loader):
+    """Those of 1000 are not those of 0, nor are those of 1 those of 0 an epoch later."""
+
+    def orders(seed: int) -> list[tuple[int, ...]]:
+        batches = loader()
+        reseed(batches, seed)
+        return [tuple(torch.cat([y for _, y in batches]).tolist()) for _ in range(3)]
+
+    found = {seed: orders(seed) for seed in (0, 1, 2, 1000, 2000)}
+    assert len({order for some in found.values() for order in some}) == 15
+    assert orders(1000) == found[1000]

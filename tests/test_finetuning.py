@@ -7,6 +7,7 @@ import pytest
 import torch
 from nets import batches_of, conv, model_of, network_of, random_policy, traced
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from ajpq import quantize
 from ajpq.calibration import calibrate
@@ -15,6 +16,7 @@ from ajpq.data import digits
 from ajpq.errors import AjpqError
 from ajpq.features import Features, survivors
 from ajpq.finetuning import finetune
+from ajpq.frozen_norms import FrozenNorms
 from ajpq.layers import ActQuant, Geometry, QuantLayer
 from ajpq.lowering import Lowering
 from ajpq.models import resnet20, skynet
@@ -86,6 +88,22 @@ def test_batch_norms_that_are_frozen_throughout_learn_scale_and_shift_alone():
     assert before and all(map(torch.equal, statistics(net), before))
     learned = [m.weight for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     assert not any(torch.equal(a, b) for a, b in zip(gains, learned, strict=True))
+
+
+def test_workers_that_stay_give_frozen_norms_a_pass_of_their_own():
+    """torch has one iterator of such a loader, which every `iter` begins anew: the epoch would have lost its place."""
+    images, labels = (torch.cat(parts) for parts in zip(*BATCHES, strict=True))
+    loader = DataLoader(TensorDataset(images, labels), 16, num_workers=1, persistent_workers=True)
+    steps = []
+
+    def at(step, count):
+        steps.append((step, count))
+        return frozen(step, count)
+
+    net = copy.deepcopy(NETWORK.module).requires_grad_(True)
+    frozen = FrozenNorms(net, 0.6, loader, 2)
+    fit(net, loader, epochs=2, lr=0.01, change=at)
+    assert steps == [(step, 2 * len(loader)) for step in range(2 * len(loader))]
 
 
 def test_batch_norms_are_re_estimated_before_the_steps_in_which_they_are_frozen_and_not_after():

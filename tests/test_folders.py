@@ -80,6 +80,10 @@ def test_pictures_without_labels_come_beside_the_splits(root):
         imagefolder(root, unlabelled=root.parent / "nowhere", **SMALL)
     with pytest.raises(AjpqError, match="nothing may be learned from the test split.*val/ant/000.JPEG"):
         imagefolder(root, unlabelled=root, **SMALL)
+    own = imagefolder(root, unlabelled=root / "train", **SMALL)
+    unseen = {own.search.pictures.paths[i] for i in own.search.images.tolist()}
+    rest = {own.unlabelled.pictures.paths[i] for i in own.unlabelled.images.tolist()}
+    assert len(rest) == 120 - len(unseen) and not rest & unseen
     for wrong in ([], "", 5, [None]):
         with pytest.raises(AjpqError, match="data.unlabelled must be a folder of pictures, or a list of such, but it"):
             imagefolder(root, unlabelled=wrong, **SMALL)

@@ -108,6 +108,40 @@ def test_batch_norms_that_cannot_be_folded_are_estimated_like_any_other(norm):
     assert norm == "without statistics" or not torch.equal(before, after)
 
 
+@pytest.mark.parametrize("correction", ("statistics", "reconstruction"))
+def test_a_loader_that_shuffles_gives_every_policy_the_same_images(correction):
+    network = network_of("digits_cnn")
+    images = batches_of(network, 4, 8, seed=5)
+
+    class Shuffled(list):
+        def __iter__(self):
+            return (self[i] for i in torch.randperm(len(self)).tolist())
+
+    def measured(search):
+        setting = replace(setting_of(network), search_data=search, correction=correction)
+        both = Local(setting, workers=1), Reference(setting)
+        return [[one.measure(policy).divergence for policy in policies] for one in both]
+
+    policies = [CompressionPolicy.homogeneous(network, width, 32) for width in (8, 2, 32)]
+    torch.manual_seed(0)
+    for ours, right in zip(measured(Shuffled(images)), measured(images), strict=True):
+        assert ours == pytest.approx(right, abs=1e-6)
+
+
+@pytest.mark.parametrize("cache_bytes", (0, 2**28))
+def test_what_is_kept_never_holds_statistics_of_another_candidate(cache_bytes):
+    """A batch-norm that runs twice has statistics of both runs: the first depends on what comes later."""
+    network = traced(
+        lambda m, x: m.head(m.b(m.n(m.a(x)).relu()).relu().mean((2, 3)) + m.n(m.a(x).exp()).mean((2, 3))),
+        a=conv(3, 8), n=nn.BatchNorm2d(8), b=conv(8, 8), head=nn.Linear(8, 4),
+    )  # fmt: skip
+    setting, policies = setting_of(network), [random_policy(network, seed, 0.3, (2, 4, 8)) for seed in range(12)]
+    kept = Local(setting, workers=1, arithmetic="float64", cache_bytes=cache_bytes)
+    for policy in policies:
+        fresh = Local(setting, workers=1, arithmetic="float64", cache_bytes=cache_bytes).measure(policy)
+        assert kept.measure(policy).loss == pytest.approx(fresh.loss, rel=1e-9)
+
+
 # -- integers ---------------------------------------------------------------------------------------------------------
 
 GEOMETRIES = (
@@ -283,9 +317,9 @@ def test_a_network_that_writes_into_what_it_reads_again_is_measured_by_the_refer
     assert evaluator.measure(policy).images == 32
 
 
-def test_norms_that_are_called_twice_or_see_one_value_per_image():
+def test_norms_that_see_one_value_per_image():
     network = traced(
-        lambda m, x: m.l(m.k(m.n(m.b(F.relu(m.n(m.a(x))))).mean((2, 3)))),
+        lambda m, x: m.l(m.k(m.n(m.b(F.relu(m.a(x)))).mean((2, 3)))),
         a=conv(3, 6), b=conv(6, 6), n=nn.BatchNorm2d(6), k=nn.BatchNorm1d(6), l=nn.Linear(6, 5),
     )  # fmt: skip
     check_equal(network, 3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -39,6 +39,8 @@ class Engine:
         self.norm_data = [self.ready(x) for x, *_ in setting.norm_data]
         self._skeletons: OrderedDict[tuple, Skeleton] = OrderedDict()
         self._statistics: OrderedDict[bytes, tuple[Tensor, ...]] = OrderedDict()
+        calls = Counter(str(node.target) for node in self.network.module.graph.nodes if node.op == "call_module")
+        self._again = [norm.name for norm in self.network.norms if calls[norm.name] > 1]
         self.goals = self._goals(setting) if setting.correction == "least_squares" else {}
         self.modules = {
             name: module if not _has_tensors(module) else copy.deepcopy(module).to(arithmetic.device, arithmetic.dtype)
@@ -86,6 +88,8 @@ class Engine:
         strange = [name for name, module in self.modules.items() if isinstance(module, _BatchNorm)]
         if strange:
             raise Unfit(f"{strange[0]} normalises channels that are not known, or by each batch alone")
+        if self.norm_data and self._again:
+            raise Unfit(f"{self._again[0]} is called again: what is kept would depend on what comes later")
         alive, skipped = policy.alive(self.network), policy.skipped(self.network)
         key = alive.tobytes(), skipped.layers
         if key in self._skeletons:

@@ -21,6 +21,7 @@ class Reference:
 
     def __init__(self, setting: Setting) -> None:
         self.setting, self.bank = setting, WeightBank(setting.network)
+        self.batches = list(setting.search_data)  # a loader may shuffle or augment: all policies see the same images
         self._original: list[Tensor] | None = None  # outputs of the uncompressed network, per batch
         self.original = setting.original or setting.network
         data = setting.norm_data
@@ -32,10 +33,10 @@ class Reference:
             if self.correct is not None:
                 self.correct(student, policy)
             if self._original is None:
-                self._original = [exact(self.original.module(x)) for x, *_ in self.setting.search_data]
+                self._original = [exact(self.original.module(x)) for x, *_ in self.batches]
             return summed(
                 tally(self.setting.task, student(channels_last(x)), y, known)
-                for (x, y, *_), known in zip(self.setting.search_data, self._original, strict=True)
+                for (x, y, *_), known in zip(self.batches, self._original, strict=True)
             )
 
     def __call__(
