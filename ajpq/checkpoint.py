@@ -13,15 +13,16 @@ from ajpq.errors import AjpqError
 from ajpq.files import replacing
 
 TORCH_SUFFIXES = (".pt", ".pth", ".th")
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights")
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Copy the tensors of a `.safetensors`, `.pt`, `.pth` or `.th` file into `model`, all or none of them.
 
-    A torch file is read with `weights_only=True`; it may wrap its tensors in {"state_dict": ...}. A `module.` prefix on
-    every key is dropped, and batch-norm counters (`num_batches_tracked`) may be missing. Raises AjpqError, with the
-    model untouched, for a file that is missing, of another kind or unreadable, for missing or unexpected keys, wrong
-    shapes, and NaN or infinity.
+    A torch file is read with `weights_only=True`; training scripts may have wrapped its tensors, in {"state_dict": ...}
+    or another of `WRAPPERS`. A `module.` prefix on every key is dropped, and batch-norm counters
+    (`num_batches_tracked`) may be missing. Raises AjpqError, with the model untouched, for a file that is missing, of
+    another kind or unreadable, for missing or unexpected keys, wrong shapes, and NaN or infinity.
     """
     path = Path(path)
     given = _read(path)
@@ -95,8 +96,8 @@ def _read(path: Path) -> Mapping[str, Tensor]:
             f"{reason}): "
             "copy it again, or save `model.state_dict()` anew."
         ) from error
-    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
-        loaded = loaded["state_dict"]
+    if isinstance(loaded, Mapping):
+        loaded = next((loaded[key] for key in WRAPPERS if isinstance(loaded.get(key), Mapping)), loaded)
     if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(key, str) for key in loaded):
         raise AjpqError(
             f"A checkpoint must map names to tensors, but {path} holds a {type(loaded).__name__} that does not: "

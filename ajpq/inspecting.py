@@ -93,15 +93,16 @@ def _against(report: dict[str, Any], layers: dict[str, FrozenLayer], file: Path)
         kept, kernels = (sum(row[key] for row in report["layers"]) for key in ("kept", "kernels"))
         rows.append(("all", f"{kept} of {kernels}", ""))
         size = report["bytes"]
-        original, lines = float(size["original"]), [("bytes", "claimed", "found", "of the original")]
-        for name, claim, path in (
-            (FILE, size["claimed"], file),
-            (ONNX, (report.get("onnx") or {}).get("bytes"), file.parent / ONNX),
+        original, onnx = float(size["original"]), report.get("onnx") or {}
+        lines = [("bytes", "claimed", "found", "of the original")]
+        for name, claim, path, whole in (
+            (FILE, size["claimed"], file, original),
+            (ONNX, onnx.get("bytes"), file.parent / ONNX, onnx.get("original_bytes", original)),
         ):
             if path.is_file():
                 found = path.stat().st_size
                 told = "" if claim is None else f"{claim:,.0f}"
-                lines.append((name, told, f"{found:,}", f"{found / original:.4f}"))
+                lines.append((name, told, f"{found:,}", f"{found / whole:.4f}"))
         lines.append(("original", f"{original:,.0f}", "", ""))
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise AjpqError(

@@ -42,12 +42,15 @@ def test_round_trip(tmp_path):
 
 @pytest.mark.parametrize("name", ["w.pt", "w.pth", "w.th", "w.safetensors"])
 @pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("wrapped", ["", "state_dict", "model", "model_state_dict"])
 def test_common_layouts(tmp_path, name, prefix, wrapped):
     tensors = {prefix + key: value for key, value in model(0).state_dict().items()}
     if wrapped and name == "w.safetensors":
         tensors = {key: value for key, value in tensors.items() if not key.endswith("num_batches_tracked")}
-    write(tmp_path / name, {"state_dict": tensors, "epoch": 3} if wrapped and name != "w.safetensors" else tensors)
+    write(
+        tmp_path / name,
+        {wrapped: tensors, "epoch": 3, "optimizer": {}} if wrapped and name != "w.safetensors" else tensors,
+    )
     target = model(1)
     load_weights(target, str(tmp_path / name))
     assert same(target, model(0))

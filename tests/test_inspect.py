@@ -34,6 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     report = {
         "layers": layers_of(network, policy),
         "bytes": {"original": 40_000, "claimed": total(Size(), network, policy) / 8, "on_disk": file.stat().st_size},
+        "onnx": {"bytes": 12_345, "original_bytes": 50_000},  # of the original in float32, as ONNX
     }
     (path / "report.json").write_text(json.dumps(report))
     (path / "model.onnx").write_bytes(bytes(12_345))
@@ -56,7 +57,7 @@ def test_everything_in_a_folder_is_told(folder: Path) -> None:
     assert any(line.split() == [first.name, str(kept), "of", str(first.c_out)] for line in lines)
     size = (folder / FILE).stat().st_size
     assert any(line.split()[:1] == [FILE] and f"{size:,}" in line and f"{size / 40_000:.4f}" in line for line in lines)
-    assert any(line.split() == ["model.onnx", "12,345", "0.3086"] for line in lines)
+    assert any(line.split() == ["model.onnx", "12,345", "12,345", "0.2469"] for line in lines)
     assert "codes" in done.stdout and "scale" in done.stdout and "differs" not in done.stdout
 
 
