@@ -68,7 +68,7 @@ def check_type(key: str, value: Any, hint: Any) -> None:
 def hints_of(taker: Callable[..., Any]) -> dict[str, Any]:
     """Parameter -> its type, `Any` where none is told or what is told cannot be found."""
     function = taker.__init__ if inspect.isclass(taker) else taker
-    space = getattr(inspect.unwrap(function), "__globals__", {}) | {"np": Any}
+    space = getattr(inspect.unwrap(function), "__globals__", {})
     found = {}
     for name, parameter in inspect.signature(taker).parameters.items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
