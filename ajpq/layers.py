@@ -56,14 +56,15 @@ class Geometry:
 class ActQuant(nn.Module):
     """Per-tensor fake quantization of a layer's input. `bits` 32 passes the input on.
 
-    The step size is a parameter (learned by fine-tuning, LSQ) or, in a finished network, a buffer.
+    The step size is a parameter (learned by fine-tuning, LSQ) or, in a finished network, a buffer. inner: whether a
+    layer of ours alone reads what it gives; activations, which others may read, may overwrite it.
     """
 
     parameter_kinds = {"scale": "steps"}  # for `ajpq.optimizer`
 
-    def __init__(self, bits: int, signed: bool, scale: Tensor, learned: bool) -> None:
+    def __init__(self, bits: int, signed: bool, scale: Tensor, learned: bool, inner: bool = True) -> None:
         super().__init__()
-        self.bits, self.signed = bits, signed
+        self.bits, self.signed, self.inner = bits, signed, inner
         scale = scale.detach().to(torch.float32).reshape(())
         if learned and bits != FLOAT:
             self.scale = nn.Parameter(scale.clone())
@@ -71,7 +72,7 @@ class ActQuant(nn.Module):
             self.register_buffer("scale", scale.clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        return quantize.fake_quantize_act(x, self.scale, self.bits, self.signed)
+        return quantize.fake_quantize_act(x, self.scale, self.bits, self.signed, keep=self.inner)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, signed={self.signed}, scale={self.scale.item():.4g}"

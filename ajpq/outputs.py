@@ -124,7 +124,7 @@ def quantize_outputs(network: fx.GraphModule, images: Tensor) -> None:
         name = f"output_quantizer_{number}"
         names.add(name)
         scale = torch.tensor(found.step(BITS), device=device)
-        network.add_submodule(name, ActQuant(BITS, found.signed, scale, learned=True).train(training))
+        network.add_submodule(name, ActQuant(BITS, found.signed, scale, learned=True, inner=False).train(training))
         put(network, name, end)
     network.recompile()
 

@@ -116,27 +116,28 @@ def act_range(bits: int, signed: bool) -> tuple[int, int]:
 
 
 class _ActSTE(torch.autograd.Function):
-    """Per-tensor fake quantization; straight-through to x, LSQ's step-size gradient to the scale. What it gives is made
-    again for the gradient instead of kept: an activation behind it may overwrite it."""
+    """Per-tensor fake quantization; straight-through to x, LSQ's step-size gradient to the scale, for which the result
+    is kept, or made again."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, lo: int, hi: int) -> Tensor:
-        ctx.save_for_backward(x, scale)
+    def forward(ctx, x: Tensor, scale: Tensor, lo: int, hi: int, keep: bool) -> Tensor:
+        out = _act(x, scale, lo, hi)
+        ctx.save_for_backward(x, scale, *([out] if keep else []))
         ctx.range = lo, hi
-        return _act(x, scale, lo, hi)
+        return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        x, scale = ctx.saved_tensors
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        x, scale, *kept = ctx.saved_tensors
         lo, hi = ctx.range
         to_x, to_scale = within(grad, x, scale, lo, hi), None
         if ctx.needs_input_grad[1]:  # d out / d scale: (out - x) / scale inside, out / scale outside
-            out = _act(x, scale, lo, hi)
+            out = kept[0] if kept else _act(x, scale, lo, hi)
             apart = out - x
             total = inner(to_x, apart)
             total = total + inner(torch.sub(grad, to_x, out=apart), out)
             to_scale = total / (scale * (x.numel() * max(hi, 1)) ** 0.5)
-        return to_x, to_scale, None, None
+        return to_x, to_scale, None, None, None
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
@@ -189,12 +190,13 @@ def act_codes(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
     return _codes(x, usable(scale.abs()), *act_range(bits, signed))
 
 
-def fake_quantize_act(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
-    """Activations of any shape on ``scale * {lo..hi}``; scale is a scalar tensor. 32 bits -> x itself."""
+def fake_quantize_act(x: Tensor, scale: Tensor, bits: int, signed: bool, keep: bool = True) -> Tensor:
+    """Activations of any shape on ``scale * {lo..hi}``; scale is a scalar tensor. 32 bits -> x itself. keep: whether
+    the result stays as it is until the gradient; false where somebody may overwrite it, which takes longer."""
     if bits == FLOAT:
         return x
     lo, hi = act_range(bits, signed)
     scale = usable(scale.abs())
     if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
-        return _ActSTE.apply(x, scale, lo, hi)
+        return _ActSTE.apply(x, scale, lo, hi, keep)
     return _act(x, scale, lo, hi)
