@@ -15,8 +15,8 @@ from ajpq.console import Screen
 from ajpq.data import Data
 from ajpq.errors import AjpqError
 from ajpq.explain import CONF
-from ajpq.keywords import agrees, check_targets, hints_of
-from ajpq.preparing import prepare
+from ajpq.keywords import agrees, check_keywords, check_targets, hints_of
+from ajpq.preparing import MORE, RECIPES, TAKEN, prepare
 from ajpq.problem import Problem
 from ajpq.training import fit
 
@@ -52,6 +52,13 @@ def test_every_choice_of_the_configuration_has_the_right_types():
     for file in sorted(CONF.glob("*/*.yaml")):
         if file.parent.name not in ("experiment", "study"):
             check_targets(OmegaConf.to_container(composed(f"{file.parent.name}={file.stem}")))
+
+
+@pytest.mark.parametrize("group", RECIPES)
+def test_every_recipe_of_the_configuration_has_keywords_that_exist(group):
+    for file in sorted((CONF / group).glob("*.yaml")):
+        recipe = OmegaConf.to_container(composed(f"{group}={file.stem}")[group])
+        check_keywords(group, recipe, *RECIPES[group], taken=TAKEN, **MORE.get(group, {}))
 
 
 @pytest.mark.parametrize(
