@@ -92,18 +92,25 @@ def run(cfg: DictConfig, folder: Path) -> None:
             others = held_out(networks, job.held_out, problem.task)
     with screen.stage("test"):
         found, values = {}, {}
-        for name, net in networks.items():
+        for name, net in (networks if job.given is None else {**networks, "given": job.given}).items():
             found[name], values[name] = measure(net, data.test, problem.task)
 
     costs = reporting.costs_of(problem, result.policy)
     if onnx is not None:
         onnx["claimed"] = reporting.claimed_speed(costs)
+    blocks, given = getattr(data.test, "blocks", None), None
+    if job.given is not None:
+        given = {
+            "metrics": found.pop("given"),
+            "differences": reporting.differences(values, blocks, of=("original", "final"), to="given"),
+        }
     report = {
         "metric": problem.task.metric,
         "metrics": {name: values[problem.task.metric] for name, values in found.items()},
         "metrics_in_full": found,
         "held_out": others,
-        "differences": reporting.differences(values, getattr(data.test, "blocks", None)),
+        "differences": reporting.differences(values, blocks),
+        "given": given,
         "bytes": {
             "original": costs["size"]["original"] / 8,
             "claimed": costs["size"]["final"] / 8,

@@ -58,11 +58,12 @@ TRAINED, SHARED = "original.safetensors", "shared.safetensors"
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """What a search starts from. model: the trained CNN, traced: `original`; `network` may have other weights
-    (`ajpq.sharing.share`). finetune: the settings of `tuned`. norm_images, reconstruct_images and correction: see
-    `student`."""
+    (`ajpq.sharing.share`). given: as its training here found it, None where that did not start from weights.
+    finetune: the settings of `tuned`. norm_images, reconstruct_images and correction: see `student`."""
 
     data: Data
     model: nn.Module
+    given: nn.Module | None
     original: Network
     network: Network
     problem: Problem
@@ -138,11 +139,12 @@ def prepare(cfg: DictConfig, folder: Path, screen: Screen) -> Prepared:
             "and finetune.distillation is false; set it to true, or data.unlabelled=null"
         )
     start = recipes.get("train", {}).pop("start", None)
-    if weights := cfg.checkpoint or (None if (folder / TRAINED).is_file() else start):
+    if weights := cfg.checkpoint or start:
         load_weights(parts["model"], weights)
     model, (images, targets) = parts["model"].eval(), next(iter(data.calibration))
     with screen.stage("trace"):
         network = trace(model, images)
+    given = network.module if start and recipes["train"]["epochs"] else None
     packing.check(network)
     check_task(parts["task"], model, images[:2], targets[:2])
     space = SearchSpace(network, parts["choices"])
@@ -179,7 +181,7 @@ def prepare(cfg: DictConfig, folder: Path, screen: Screen) -> Prepared:
             train=data.train,
         )
     return Prepared(
-        data, model, original, network, problem, recipes["finetune"], cfg.norm_images, cfg.correction,
+        data, model, given, original, network, problem, recipes["finetune"], cfg.norm_images, cfg.correction,
         cfg.reconstruct_images,
     )  # fmt: skip
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -31,7 +31,8 @@ _PACKAGES = (
     "onnxruntime",
     "openvino",
 )
-_STAGES = {"searched": "after search", "final": "after fine-tuning"}
+_STAGES = {"original": "of the original", "searched": "after search", "final": "after fine-tuning"}
+_KNOWN = {"original": "the original", "given": "the network as given, before it was trained here,"}
 _VERDICTS = {"better": "better", "worse": "worse", "no better": "no difference can be told"}
 
 
@@ -98,28 +99,28 @@ def claimed_speed(costs: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 
 def differences(
-    values: Mapping[str, Mapping[str, np.ndarray]], blocks: torch.Tensor | None = None
+    values: Mapping[str, Mapping[str, np.ndarray]],
+    blocks: torch.Tensor | None = None,
+    of: Sequence[str] = ("searched", "final"),
+    to: str = "original",
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """ "searched" and "final" -> metric -> `ajpq.bootstrap.Paired` against "original", as a dictionary.
+    """Each network of `of` -> metric -> `ajpq.bootstrap.Paired` against the network `to`, as a dictionary.
 
     values: network -> metric -> value of each test image (n,). blocks: (n,), see `ajpq.bootstrap.paired`.
     """
     return {
-        name: {
-            metric: asdict(paired(column, values["original"][metric], blocks))
-            for metric, column in values[name].items()
-        }
-        for name in _STAGES
+        name: {metric: asdict(paired(column, values[to][metric], blocks)) for metric, column in values[name].items()}
+        for name in of
     }
 
 
-def difference_told(metric: str, stage: str, found: Mapping[str, Any]) -> str:
-    """found: as `differences` gives it."""
+def difference_told(metric: str, stage: str, found: Mapping[str, Any], to: str = "original") -> str:
+    """found: as `differences` gives it, against the network `to`."""
     pair = Paired(**found)
     where = f"{pair.images} test images" + (
         f" in {pair.blocks} block{'s' * (pair.blocks > 1)}" if pair.blocks < pair.images else ""
     )
-    line = f"{metric} {_STAGES[stage]}: {pair.mean:+.4f} to the original on the same {where}"
+    line = f"{metric} {_STAGES[stage]}: {pair.mean:+.4f} to {_KNOWN[to]} on the same {where}"
     if pair.word is None:
         return f"{line}, too few for an interval"
     return f"{line}, 95 % interval {pair.low:+.4f} to {pair.high:+.4f}: {_VERDICTS[pair.word]}"
@@ -190,6 +191,10 @@ def show(report: Mapping[str, Any], console: Console) -> None:
         for name, difference in found.items():
             if stage == "final" or name == metric:
                 console.print(difference_told(name, stage, difference), highlight=False, markup=False, soft_wrap=True)
+    if report["given"] is not None:
+        for stage, found in report["given"]["differences"].items():
+            line = difference_told(metric, stage, found[metric], to="given")
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     if report["onnx"] is not None and report["onnx"]["timing"] is not None:
         for line in told(report["onnx"]["timing"], report["onnx"]["claimed"]):
             console.print(line, highlight=False, markup=False, soft_wrap=True)

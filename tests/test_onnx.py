@@ -410,7 +410,7 @@ def test_the_table_says_what_was_seen(ran: bool) -> None:
     report = {
         "metric": "accuracy", "metrics": {"original": 0.9, "searched": 0.7, "final": 0.88}, "onnx": onnx,
         "bytes": {"original": 1000, "claimed": 100, "on_disk": 99}, "costs": {}, "budget": {}, "differences": {},
-        "seconds": {}, "evaluations": 3, "control": None, "held_out": None,
+        "given": None, "seconds": {}, "evaluations": 3, "control": None, "held_out": None,
         "metrics_in_full": {"original": {"accuracy": 0.9, "map50": 0.8}, "final": {"accuracy": 0.88, "map50": 0.76}},
     }  # fmt: skip
     console = Console(width=80)

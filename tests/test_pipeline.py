@@ -172,6 +172,23 @@ def test_training_goes_on_from_given_weights(job, tmp_path):
     assert status == 0, err
     found = json.loads((tmp_path / "run/report.json").read_text())
     assert found["metrics"]["original"] == report["metrics"]["original"]
+    assert found["given"] is None and report["given"] is None
+
+
+def test_the_report_tells_of_the_network_as_it_was_given(job, tmp_path):
+    folder, report, _ = job
+    start = [f"train.start={folder / 'original.safetensors'}", "train.epochs=1", "train.lr=0.05", "search=uniform"]
+    quick = ["budget.size=0.5", "budget.macs=null", "finetune=none", "onnx=false", "control=none"]
+    status, out, err = command(tmp_path, *start, *quick, "hydra.run.dir=run")
+    assert status == 0, err
+    found = json.loads((tmp_path / "run/report.json").read_text())
+    given = found["given"]
+    assert given["metrics"] == report["metrics_in_full"]["original"] != found["metrics_in_full"]["original"]
+    assert set(found["metrics_in_full"]) == {"original", "searched", "final"}
+    for name in ("original", "final"):
+        mean = given["differences"][name]["accuracy"]["mean"]
+        assert mean == pytest.approx(found["metrics"][name] - given["metrics"]["accuracy"])
+        assert f"{mean:+.4f} to the network as given" in out
 
 
 def test_a_policy_of_one_run_is_fine_tuned_by_another(job, tmp_path):
