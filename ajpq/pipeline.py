@@ -90,16 +90,18 @@ def run(cfg: DictConfig, folder: Path) -> None:
     if job.held_out is not None:
         with screen.stage("held out"):
             others = held_out(networks, job.held_out, problem.task)
+    if job.given is not None:
+        networks["given"] = job.given
     with screen.stage("test"):
         found, values = {}, {}
-        for name, net in (networks if job.given is None else {**networks, "given": job.given}).items():
+        for name, net in networks.items():
             found[name], values[name] = measure(net, data.test, problem.task)
 
     costs = reporting.costs_of(problem, result.policy)
     if onnx is not None:
         onnx["claimed"] = reporting.claimed_speed(costs)
     blocks, given = getattr(data.test, "blocks", None), None
-    if job.given is not None:
+    if "given" in found:
         given = {
             "metrics": found.pop("given"),
             "differences": reporting.differences(values, blocks, of=("original", "final"), to="given"),

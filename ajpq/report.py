@@ -187,18 +187,20 @@ def show(report: Mapping[str, Any], console: Console) -> None:
             limit,
         )
     console.print(table)
-    for stage, found in report["differences"].items():
-        for name, difference in found.items():
-            if stage == "final" or name == metric:
-                console.print(difference_told(name, stage, difference), highlight=False, markup=False, soft_wrap=True)
+    lines = [
+        difference_told(name, stage, difference)
+        for stage, found in report["differences"].items()
+        for name, difference in found.items()
+        if stage == "final" or name == metric
+    ]
     if report["given"] is not None:
-        for stage, found in report["given"]["differences"].items():
-            line = difference_told(metric, stage, found[metric], to="given")
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        found = report["given"]["differences"]
+        lines += [difference_told(metric, stage, found[stage][metric], to="given") for stage in found]
     if report["onnx"] is not None and report["onnx"]["timing"] is not None:
-        for line in told(report["onnx"]["timing"], report["onnx"]["claimed"]):
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        lines += told(report["onnx"]["timing"], report["onnx"]["claimed"])
     if report["control"] is not None:
-        console.print(control.told(report["control"]), highlight=False, markup=False, soft_wrap=True)
+        lines.append(control.told(report["control"]))
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     spent = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report["seconds"].items())
     console.print(f"{report['evaluations']} evaluations; seconds: {spent}", highlight=False)
